@@ -1,0 +1,1 @@
+"""Files on disk to parameters on devices, and back."""

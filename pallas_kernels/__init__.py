@@ -1,0 +1,1 @@
+"""Kernels over arrays. They know no model, no request and no file."""

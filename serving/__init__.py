@@ -1,0 +1,1 @@
+"""The engine behind gRPC: protocol, tokenizer, the loop that owns the engine, the service."""
