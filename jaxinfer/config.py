@@ -66,12 +66,12 @@ class ModelConfig:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be positive, got {self.rope_theta}")
-        if self.rope_scaling and self.rope_scaling.kind == "factors":
-            if len(self.rope_scaling.factors) != self.head_dim // 2:
-                raise ValueError(
-                    f"rope scaling has {len(self.rope_scaling.factors)} factors, "
-                    f"head_dim {self.head_dim} needs {self.head_dim // 2}"
-                )
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"rope scaling has {len(scaling.factors)} factors, "
+                f"head_dim {self.head_dim} needs {self.head_dim // 2}"
+            )
 
 
 @dataclass(frozen=True)
