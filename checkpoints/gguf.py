@@ -91,7 +91,9 @@ class GGUFCheckpoint:
     def _refuse(self, problem: str) -> None:
         raise ValueError(f"{self._file.path}: {problem}")
 
-    def _get[T: (int, float, str, bool)](self, key: str, kind: type[T], default: T | None = None) -> T:
+    def _get[T: (int, float, str, bool)](
+        self, key: str, kind: type[T], default: T | None = None
+    ) -> T:
         """Returns a metadata value of the wanted type, ``default`` when it is absent."""
         value = self._metadata.get(key, default)
         if value is None:

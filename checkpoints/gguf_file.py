@@ -248,9 +248,9 @@ class GGUFFile:
                 f"tensor {name!r} has {num_dimensions} dimensions, 1 to {MAX_DIMENSIONS} can be"
             )
         # GGML counts dimensions from the innermost.
-        shape = tuple(
-            self._unsigned(8, f"a dimension of {name!r}") for _ in range(num_dimensions)
-        )[::-1]
+        shape = tuple(self._unsigned(8, f"a dimension of {name!r}") for _ in range(num_dimensions))[
+            ::-1
+        ]
         number = self._unsigned(4, f"the type of {name!r}")
         offset = self._unsigned(8, f"the offset of {name!r}")
         tensor_type = TENSOR_TYPES.get(number)

@@ -23,3 +23,16 @@ def abstract_kv_pages(
     sharding = named_sharding(mesh, (None, "kv_heads"))
     page = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
     return (page,) * model.num_hidden_layers
+
+
+def plan_num_pages(
+    model: ModelConfig,
+    page_size: int,
+    dtype: str,
+    max_num_seqs: int,
+    max_model_len: int,
+    memory_bytes: int,
+) -> int:
+    """Pages that fit ``memory_bytes``, but no more than all slots at full length could use."""
+    most = max_num_seqs * -(-max_model_len // page_size)
+    return min(most, memory_bytes // page_bytes(model, page_size, dtype))

@@ -180,9 +180,7 @@ def test_score_is_the_likelihood_of_the_text() -> None:
     assert losses.shape == (99,)
     # Greedy's own continuation has a lower loss than any other token in its place.
     greedy = run_all(engine, [dataclasses.replace(random_request("b", 40, 1, seed=9))])["b"][0]
-    others = [
-        engine.score((*tokens[:40], token))[-1] for token in range(engine.model.vocab_size)
-    ]
+    others = [engine.score((*tokens[:40], token))[-1] for token in range(engine.model.vocab_size)]
     assert int(np.argmin(others)) == greedy
     assert np.exp(-np.float64(others)).sum() == pytest.approx(1.0, abs=1e-5)
     np.testing.assert_array_equal(losses[:39], engine.score(tokens[:40]))

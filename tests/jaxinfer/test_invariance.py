@@ -86,7 +86,9 @@ class Probe:
             request_id=str(slot),
             slot=slot,
             start=start,
-            token_ids=tuple(np.resize(TOKENS, CONFIG.max_model_len)[start : start + count].tolist()),
+            token_ids=tuple(
+                np.resize(TOKENS, CONFIG.max_model_len)[start : start + count].tolist()
+            ),
             page_ids=tuple(range(slot * 14, slot * 14 + 14)),
             samples=True,
             sampling=SamplingParams(),

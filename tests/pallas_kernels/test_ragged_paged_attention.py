@@ -91,13 +91,9 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
 
 def test_pages_are_written_in_place() -> None:
     inputs = build(BY_NAME["mixed"])
-    operation = jax.jit(
-        functools.partial(ragged_paged_attention, scale=1.0), donate_argnums=3
-    )
+    operation = jax.jit(functools.partial(ragged_paged_attention, scale=1.0), donate_argnums=3)
     memory = (
-        operation.lower(
-            inputs.queries, inputs.keys, inputs.values, inputs.kv_pages, inputs.batch
-        )
+        operation.lower(inputs.queries, inputs.keys, inputs.values, inputs.kv_pages, inputs.batch)
         .compile()
         .memory_analysis()
     )
