@@ -10,14 +10,45 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serving.events import (
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    GenerateOptions,
+    Message,
+    Prompt,
+    Started,
+    Timings,
+    Usage,
+    completion_of,
+    event_of,
+    generate_request,
+    tokenize_request,
+)
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Completion",
+    "Delta",
+    "Event",
+    "Finished",
+    "GenerateOptions",
+    "Message",
+    "Prompt",
+    "ServerError",
+    "Started",
+    "Timings",
+    "Usage",
+]
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", -1),
@@ -30,101 +61,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 _SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-# Text, token ids, or a conversation.
-type Prompt = str | Sequence[int] | Sequence[Message]
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keywords of ``generate`` and ``complete``. What is left out is the server's default.
-
-    ``timeout`` is the call's deadline in seconds; the others are fields of the .proto.
-    """
-
-    request_id: str
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    ignore_eos: bool
-    stream: bool
-    add_special_tokens: bool
-    timeout: float
-
-
-@dataclass(frozen=True)
-class Started:
-    """The first event. ``seeds`` has one entry a choice; greedy sampling uses none."""
-
-    request_id: str
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    seeds: tuple[int, ...]
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class Delta:
-    """New text and tokens of one choice."""
-
-    choice: int
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts of one choice, in tokens."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    num_drafted_tokens: int
-    num_accepted_tokens: int
-    num_preemptions: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds since the server received the request; None is not known."""
-
-    queue_seconds: float | None
-    time_to_first_token_seconds: float | None
-    total_seconds: float | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event of a choice. ``reason`` is "stop", "length" or "abort"."""
-
-    choice: int
-    reason: str
-    stop_token_id: int | None
-    usage: Usage
-    timings: Timings
-
-
-type Event = Started | Delta | Finished
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All events of a request with one choice, put together."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    started: Started
-    finished: Finished
 
 
 class ServerError(Exception):
@@ -148,23 +84,25 @@ class Client:
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> Generator[Event, None, None]:
         """Events as they come; leaving the loop early, or ``close()``, cancels the request."""
-        call = self._stub.Generate(_request(prompt, options), timeout=options.get("timeout"))
+        call = self._stub.Generate(
+            generate_request(prompt, options), timeout=options.get("timeout")
+        )
         try:
             with _errors():
                 for response in call:
-                    yield _event(response)
+                    yield event_of(response)
         finally:
             call.cancel()
 
     def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """The whole output at once."""
-        return _completion(list(self.generate(prompt, **options)))
+        return completion_of(list(self.generate(prompt, **options)))
 
     def tokenize(
         self, prompt: str | Sequence[Message], *, add_special_tokens: bool | None = None
     ) -> tuple[int, ...]:
         with _errors():
-            response = self._stub.Tokenize(_tokenize_request(prompt, add_special_tokens))
+            response = self._stub.Tokenize(tokenize_request(prompt, add_special_tokens))
         return tuple(response.token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, skip_control_tokens: bool = True) -> str:
@@ -222,23 +160,25 @@ class AsyncClient:
         self, prompt: Prompt, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event, None]:
         """Events as they come; ``aclose()``, or cancelling the task, cancels the request."""
-        call = self._stub.Generate(_request(prompt, options), timeout=options.get("timeout"))
+        call = self._stub.Generate(
+            generate_request(prompt, options), timeout=options.get("timeout")
+        )
         try:
             with _errors():
                 async for response in call:
-                    yield _event(response)
+                    yield event_of(response)
         finally:
             call.cancel()
 
     async def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """The whole output at once."""
-        return _completion([event async for event in self.generate(prompt, **options)])
+        return completion_of([event async for event in self.generate(prompt, **options)])
 
     async def tokenize(
         self, prompt: str | Sequence[Message], *, add_special_tokens: bool | None = None
     ) -> tuple[int, ...]:
         with _errors():
-            response = await self._stub.Tokenize(_tokenize_request(prompt, add_special_tokens))
+            response = await self._stub.Tokenize(tokenize_request(prompt, add_special_tokens))
         return tuple(response.token_ids)
 
     async def detokenize(
@@ -287,95 +227,6 @@ class AsyncClient:
 
 
 _HEALTH_REQUEST = health_pb2.HealthCheckRequest(service=_SERVICE_NAME)
-
-
-def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
-    request = pb.GenerateRequest()
-    _set_prompt(request, prompt)
-    for name, value in options.items():
-        if name == "timeout" or value is None:
-            continue
-        target = (
-            request.sampling if name in pb.SamplingParams.DESCRIPTOR.fields_by_name else request
-        )
-        setattr(target, name, value)
-    return request
-
-
-def _tokenize_request(
-    prompt: str | Sequence[Message], add_special_tokens: bool | None
-) -> pb.TokenizeRequest:
-    request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
-    _set_prompt(request, prompt)
-    return request
-
-
-def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt) -> None:
-    if isinstance(prompt, str):
-        request.text = prompt
-        return
-    messages = [item for item in prompt if isinstance(item, Message)]
-    if messages:
-        if len(messages) != len(prompt):
-            raise ValueError("a prompt has either messages or token ids, not both")
-        request.chat.messages.extend(
-            pb.ChatMessage(role=message.role, content=message.content) for message in messages
-        )
-    elif isinstance(request, pb.GenerateRequest):
-        request.token_ids.SetInParent()
-        request.token_ids.ids.extend(item for item in prompt if not isinstance(item, Message))
-    else:
-        raise ValueError("only a text or messages can be tokenized")
-
-
-def _event(response: pb.GenerateResponse) -> Event:
-    match response.WhichOneof("event"):
-        case "started":
-            started = response.started
-            return Started(
-                request_id=started.request_id,
-                num_prompt_tokens=started.num_prompt_tokens,
-                num_cached_tokens=started.num_cached_tokens,
-                seeds=tuple(started.seeds),
-                max_tokens=started.max_tokens,
-            )
-        case "delta":
-            delta = response.delta
-            return Delta(delta.choice, delta.text, tuple(delta.token_ids))
-        case "finished":
-            return _finished(response.finished)
-        case kind:
-            raise ValueError(f"this client does not know the event {kind!r}")
-
-
-def _finished(finished: pb.Finished) -> Finished:
-    usage, timings = finished.usage, finished.timings
-    return Finished(
-        choice=finished.choice,
-        reason=pb.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
-        stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
-        usage=Usage(
-            **{field.name: getattr(usage, field.name) for field in usage.DESCRIPTOR.fields}
-        ),
-        timings=Timings(
-            **{
-                field.name: getattr(timings, field.name) if timings.HasField(field.name) else None
-                for field in timings.DESCRIPTOR.fields
-            }
-        ),
-    )
-
-
-def _completion(events: list[Event]) -> Completion:
-    deltas = [event for event in events if isinstance(event, Delta)]
-    (started,) = (event for event in events if isinstance(event, Started))
-    (finished,) = (event for event in events if isinstance(event, Finished))
-    return Completion(
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        started=started,
-        finished=finished,
-    )
 
 
 @contextmanager
