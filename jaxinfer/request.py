@@ -32,7 +32,9 @@ LIMITS: dict[str, Limit] = {
     # Bounds on raw input, before anything is tokenized or allocated.
     "prompt_characters": Limit(0, 4 << 20),
     "messages": Limit(1, 1024),
-    "request_id_characters": Limit(0, 128),
+    "request_id_characters": Limit(1, 128),
+    "role_characters": Limit(1, 64),
+    "num_token_ids": Limit(0, 1 << 20),
 }
 
 

@@ -56,6 +56,7 @@ class RequestOutput:
 
     ``token_ids`` are new since the last output and include the end-of-sequence token that ended
     the request. ``num_cached_tokens`` counts prompt tokens that did not have to be computed.
+    ``queue_seconds`` is the time from ``Engine.add`` to the first step, None when not measured.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True)

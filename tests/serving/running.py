@@ -1,0 +1,64 @@
+"""A real server on a free port of the loopback, around a fake engine, for one test."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+
+from serving.client import AsyncClient
+from serving.server import serve
+from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
+
+TIMEOUT = 30.0
+
+
+def run[T](test: Coroutine[None, None, T]) -> T:
+    """Runs an asynchronous test, which must end within ``TIMEOUT`` seconds."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(TIMEOUT):
+            return await test
+
+    return asyncio.run(bounded())
+
+
+@asynccontextmanager
+async def running_server(
+    engine: FakeEngine, *, grace_seconds: float = 5.0, max_live_requests: int = 64
+) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """Yields "host:port" and the event that stops the server; a failed server raises at the end."""
+    stop = asyncio.Event()
+    ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(
+        serve(
+            lambda: served_model(engine),
+            port=0,
+            grace_seconds=grace_seconds,
+            max_live_requests=max_live_requests,
+            on_ready=ready.set_result,
+            stop=stop,
+        )
+    )
+    await asyncio.wait((ready, server), return_when=asyncio.FIRST_COMPLETED)
+    if server.done():
+        await server
+    try:
+        yield f"127.0.0.1:{ready.result()}", stop
+    finally:
+        engine.gate.set()
+        stop.set()
+        await server
+
+
+@asynccontextmanager
+async def running_client(engine: FakeEngine, **options: int) -> AsyncIterator[AsyncClient]:
+    """A client of a running server; when the test is over, all pages must have come back."""
+    async with running_server(engine, **options) as (target, _), AsyncClient(target) as client:
+        yield client
+        await until(lambda: engine.stats.num_free_pages == NUM_PAGES)
+
+
+async def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    """Waits for another thread to have done something."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.005)

@@ -1,0 +1,114 @@
+"""The synchronous client, what it imports, and the stubs it stands on."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from serving.client import Client, Delta, Finished, Message, ServerError, Started
+from serving.server import serve
+from tests.serving.fakes import NUM_PAGES, FakeEngine, expected_token_ids, served_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def server_in_thread(engine: FakeEngine) -> Iterator[str]:
+    ready = threading.Event()
+    found: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        def on_ready(port: int) -> None:
+            found.append((port, asyncio.get_running_loop(), stop))
+            ready.set()
+
+        await serve(lambda: served_model(engine), port=0, on_ready=on_ready, stop=stop)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert ready.wait(timeout=20)
+    port, loop, stop = found[0]
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_the_synchronous_client() -> None:
+    engine = FakeEngine()
+    with server_in_thread(engine) as target, Client(target) as client:
+        client.wait_until_serving(timeout=10)
+        started, *deltas, finished = client.generate("hi", max_tokens=6, request_id="a")
+        assert isinstance(started, Started)
+        assert isinstance(finished, Finished)
+        token_ids = [i for delta in deltas if isinstance(delta, Delta) for i in delta.token_ids]
+        assert token_ids == expected_token_ids([256, 104, 105], 6)
+        assert client.complete([Message("user", "x")], max_tokens=2).finished.reason == "length"
+        assert client.detokenize(client.tokenize("häuser")) == "häuser"
+        assert client.model_info().model_name == "fake"
+        assert client.load().num_free_pages == NUM_PAGES
+        assert not client.abort("a")
+        with pytest.raises(ServerError, match="no tokens") as raised:
+            client.complete([])
+        assert raised.value.code == "INVALID_ARGUMENT"
+
+
+def test_leaving_the_loop_early_cancels_the_request() -> None:
+    engine = FakeEngine(step_seconds=0.002)
+    with server_in_thread(engine) as target, Client(target) as client:
+        for event in client.generate("hi", max_tokens=400, request_id="left"):
+            if isinstance(event, Delta):
+                break
+        # The id is free when the cancellation has arrived.
+        for _ in range(200):
+            if client.load().num_live_requests == 0:
+                break
+        assert client.complete("hi", max_tokens=1, request_id="left").text
+    assert engine.aborted == ["left"]
+    assert engine.stats.num_free_pages == NUM_PAGES
+
+
+def test_prompts_that_mix_messages_and_ids_are_refused() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(ValueError, match="not both"):
+        client.complete([Message("user", "x"), 3])  # pyright: ignore[reportArgumentType]
+
+
+def test_nobody_there() -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(ServerError, match="UNAVAILABLE"):
+            client.load()
+        with pytest.raises(TimeoutError, match=r"0\.2 s"):
+            client.wait_until_serving(timeout=0.2)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        (sys.executable, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def test_neither_client_nor_server_imports_jax() -> None:
+    code = "import sys, serving.client, serving.server; assert 'jax' not in sys.modules"
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_committed_stubs_are_what_the_proto_says() -> None:
+    result = python("scripts/build_proto.py", "--check")
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,204 @@
+"""The loop without a server: streams, races, failures, draining."""
+
+import asyncio
+import gc
+import weakref
+
+import pytest
+
+from jaxinfer.request import FinishReason, Request
+from jaxinfer.schedule import RequestOutput
+from serving.loop import (
+    DuplicateRequestError,
+    EngineFailedError,
+    EngineLoop,
+    NotServingError,
+    RequestRefusedError,
+    RequestStream,
+    TooManyRequestsError,
+)
+from tests.serving.fakes import NUM_PAGES, FakeEngine, expected_token_ids
+from tests.serving.running import run, until
+
+
+def request(request_id: str = "r", max_tokens: int = 5, prompt: tuple[int, ...] = (1,)) -> Request:
+    return Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens)
+
+
+async def read_all(stream: RequestStream) -> list[RequestOutput]:
+    outputs = [await stream.read()]
+    while outputs[-1].finish_reason is None:
+        outputs.append(await stream.read())
+    return outputs
+
+
+def all_token_ids(outputs: list[RequestOutput]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+def test_a_reader_that_is_slow_gets_merged_outputs_and_loses_nothing() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        loop = EngineLoop(engine)
+        slow = loop.submit(request("slow", 300))
+        first = await slow.read()
+        await until(lambda: slow.is_finished)
+        rest = await read_all(slow)
+        assert len(rest) == 1
+        assert all_token_ids([first, *rest]) == expected_token_ids((1,), 300)
+        assert rest[-1].num_output_tokens == 300
+        loop.close(slow)
+        await loop.drain(1.0)
+        assert engine.aborted == []
+
+    run(test())
+
+
+def test_an_idle_loop_waits_without_stepping() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        loop = EngineLoop(engine)
+        await read_all(loop.submit(request("a", 4)))
+        steps = engine.num_steps
+        await asyncio.sleep(0.05)
+        assert engine.num_steps == steps == 4
+        await read_all(loop.submit(request("b", 4)))
+        await loop.drain(1.0)
+
+    run(test())
+
+
+def test_a_refusal_fails_that_stream_only() -> None:
+    async def test() -> None:
+        loop = EngineLoop(FakeEngine(step_seconds=0.001))
+        good = loop.submit(request("good", 50))
+        bad = loop.submit(request("bad", prompt=(255,)))
+        with pytest.raises(RequestRefusedError, match="starts with 255"):
+            await bad.read()
+        assert len(all_token_ids(await read_all(good))) == 50
+        assert loop.num_live_requests == 0
+        await loop.drain(1.0)
+
+    run(test())
+
+
+def test_ids_and_numbers_of_live_requests_are_bounded() -> None:
+    async def test() -> None:
+        engine = FakeEngine(step_seconds=0.001)
+        loop = EngineLoop(engine, max_live_requests=2)
+        first = loop.submit(request("a", 400))
+        with pytest.raises(DuplicateRequestError):
+            loop.submit(request("a"))
+        second = loop.submit(request("b", 400))
+        with pytest.raises(TooManyRequestsError, match="the limit is 2"):
+            loop.submit(request("c"))
+        loop.close(first)
+        # The id is free at once, and the new request is not hit by the old one's abort.
+        again = loop.submit(request("a", 3))
+        assert all_token_ids(await read_all(again)) == expected_token_ids((1,), 3)
+        loop.close(second)
+        await loop.drain(1.0)
+        assert engine.stats.num_free_pages == NUM_PAGES
+
+    run(test())
+
+
+def test_closing_and_aborting_at_any_time_is_harmless() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        loop = EngineLoop(engine)
+        for i in range(60):
+            # The same id again and again, ended at ever later moments around its own finish.
+            stream = loop.submit(request("same", 1 + i % 5))
+            for _ in range(i % 7):
+                await asyncio.sleep(0)
+            if i % 2:
+                loop.abort("same")
+                outputs = await read_all(stream)
+                assert outputs[-1].num_output_tokens == len(all_token_ids(outputs))
+            loop.close(stream)
+            loop.close(stream)
+        assert all_token_ids(await read_all(loop.submit(request("same", 9)))) == (
+            expected_token_ids((1,), 9)
+        )
+        await loop.drain(1.0)
+        assert engine.stats.num_free_pages == NUM_PAGES
+
+    run(test())
+
+
+def test_a_failing_engine_fails_every_stream_and_is_noticed() -> None:
+    async def test() -> None:
+        loop = EngineLoop(FakeEngine(fail_after_steps=3))
+        streams = [loop.submit(request(str(i), 100)) for i in range(4)]
+        for stream in streams:
+            with pytest.raises(EngineFailedError):
+                await read_all(stream)
+        await loop.ended.wait()
+        assert not loop.is_accepting
+        with pytest.raises(EngineFailedError):
+            loop.submit(request("late"))
+        with pytest.raises(EngineFailedError, match="the device is gone"):
+            await loop.drain(5.0)
+
+    run(test())
+
+
+def test_an_engine_that_forgets_a_request_is_a_failed_engine() -> None:
+    async def test() -> None:
+        loop = EngineLoop(FakeEngine(lost=("gone",)))
+        with pytest.raises(EngineFailedError):
+            await read_all(loop.submit(request("gone")))
+        with pytest.raises(EngineFailedError, match="lost"):
+            await loop.drain(5.0)
+
+    run(test())
+
+
+def test_draining_lets_short_requests_finish_and_aborts_long_ones() -> None:
+    async def test() -> None:
+        engine = FakeEngine(step_seconds=0.005)
+        loop = EngineLoop(engine)
+        short, long = loop.submit(request("short", 5)), loop.submit(request("long", 400))
+        draining = asyncio.create_task(loop.drain(0.3))
+        await asyncio.sleep(0)
+        with pytest.raises(NotServingError):
+            loop.submit(request("late"))
+        await draining
+        assert (await read_all(short))[-1].finish_reason is FinishReason.LENGTH
+        outputs = await read_all(long)
+        assert outputs[-1].finish_reason is FinishReason.ABORT
+        assert outputs[-1].num_output_tokens == len(all_token_ids(outputs)) < 400
+        assert engine.stats.num_free_pages == NUM_PAGES
+
+    run(test())
+
+
+def test_draining_an_engine_that_hangs_ends() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        engine.gate.clear()
+        loop = EngineLoop(engine)
+        stream = loop.submit(request())
+        with pytest.raises(EngineFailedError, match="did not end its step"):
+            await loop.drain(0.02, stop_seconds=0.02)
+        assert (await read_all(stream))[-1].finish_reason is FinishReason.ABORT
+        engine.gate.set()
+        await loop.ended.wait()
+
+    run(test())
+
+
+def test_finished_requests_are_not_kept() -> None:
+    async def test() -> None:
+        loop = EngineLoop(FakeEngine())
+        stream = loop.submit(request())
+        await read_all(stream)
+        reference = weakref.ref(stream)
+        del stream
+        await read_all(loop.submit(request()))
+        gc.collect()
+        assert reference() is None
+        await loop.drain(1.0)
+
+    run(test())
