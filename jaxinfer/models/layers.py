@@ -17,12 +17,12 @@ def parameter(
     """Declares a parameter once: shape, dtype and logical axes; initialised normal(fan_in^-1/2)."""
     initializer = jax.nn.initializers.normal(fan_in**-0.5)
     value = initializer(rngs.params(), shape, jnp.dtype(dtype))
-    return nnx.Param(value, sharding_names=axes)
+    return nnx.Param(value, out_sharding=axes)
 
 
 def norm_scale(size: int) -> nnx.Param[jax.Array]:
     """The weight of an RMS norm, float32 on every platform."""
-    return nnx.Param(jnp.ones((size,), jnp.float32), sharding_names=("embed",))
+    return nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=("embed",))
 
 
 def traced_once(layer: nnx.Module, *inputs: Any) -> Any:
@@ -40,10 +40,10 @@ def _apply(graph: nnx.GraphDef[Any], parameters: dict[Any, Any], *inputs: Any) -
 
 
 def rms_norm(inputs: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """[..., E] x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019)."""
+    """[T, E] x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019)."""
     x = inputs.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (x * scale).astype(inputs.dtype)
+    return (x * scale[None, :]).astype(inputs.dtype)
 
 
 def linear(inputs: jax.Array, weight: jax.Array, num_axes: int = 1) -> jax.Array:
