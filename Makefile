@@ -38,6 +38,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1  \2/p' Makefile
 
 setup: $(DEVELOPMENT) ## make .venv with all packages, those for development included
+	@echo "setup: .venv is ready"
 
 serve: $(RUNTIME) ## start the server; ARGS are its flags
 	@exec $(PYTHON) scripts/serve.py $(ARGS)
