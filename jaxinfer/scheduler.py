@@ -5,6 +5,7 @@ decode phase, only one subtraction: ``num_tokens - num_computed_tokens``.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from itertools import chain, count
 from operator import attrgetter
 
@@ -99,31 +100,23 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Plans the next step and takes pages for the positions it computes."""
         decoding = [s for s in self._running if s.is_decoding]
-        prefilling = [s for s in self._running if not s.is_decoding]
-        num_preemptions = self._num_preemptions
+        prefilling = deque(s for s in self._running if not s.is_decoding)
         num_tiles = self.config.max_num_batched_tokens // self.config.chunk_tile
 
-        decodes = [s for s in decoding if s.is_running and self._make_room(s, 1)]
+        decodes = [s for s in decoding if self._make_room(s, 1)]
         chunks: dict[Sequence, int] = {}
-        for sequence in prefilling:
-            # It may have been preempted above, its chunk not yet planned: chunks are planned in
-            # order of rank, and only a higher rank is ever preempted.
-            num_new_tokens = self._chunk_len(sequence, num_tiles) if sequence.is_running else 0
-            if num_new_tokens and self._make_room(sequence, num_new_tokens):
-                chunks[sequence] = num_new_tokens
-                num_tiles -= self._num_tiles(num_new_tokens)
-        # Nobody is admitted in a step that preempts: pages are short.
-        while num_tiles and self._num_preemptions == num_preemptions:
-            sequence = self._admit()
+        while num_tiles:
+            sequence = prefilling.popleft() if prefilling else self._admit()
             if sequence is None:
                 break
-            chunks[sequence] = num_new_tokens = self._chunk_len(sequence, num_tiles)
-            made_room = self._make_room(sequence, num_new_tokens)
-            assert made_room, f"{sequence.request.request_id} was admitted without pages"
-            num_tiles -= self._num_tiles(num_new_tokens)
+            num_new_tokens = self._chunk_len(sequence, num_tiles)
+            if num_new_tokens and self._make_room(sequence, num_new_tokens):
+                chunks[sequence] = num_new_tokens
+                num_tiles -= -(-num_new_tokens // self.config.chunk_tile)
 
+        # Room for a chunk may have been made by preempting a decode of higher rank, planned
+        # above, but never a chunk: these are planned in order of rank.
         return Schedule(
-            # A chunk of a lower rank may have preempted a decode that was already planned.
             decodes=tuple(_advance(s, 1) for s in decodes if s.is_running),
             chunks=tuple(_advance(s, num_new_tokens) for s, num_new_tokens in chunks.items()),
         )
@@ -164,9 +157,6 @@ class Scheduler:
             assert s.num_computed_tokens <= s.num_tokens < self.config.max_model_len
             assert len(s.page_ids) == self.page_pool.num_pages_for(s.num_computed_tokens)
 
-    def _num_tiles(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.chunk_tile)
-
     def _chunk_len(self, sequence: Sequence, num_tiles: int) -> int:
         num_new_tokens = sequence.num_tokens - sequence.num_computed_tokens
         return min(num_new_tokens, num_tiles * self.config.chunk_tile)
@@ -174,29 +164,25 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Takes pages for the next tokens, preempting as needed; False if it was itself."""
         while sequence.is_running:
-            num_tokens = sequence.num_computed_tokens + num_new_tokens
-            page_ids = self.page_pool.allocate(self._num_missing_pages(sequence, num_tokens))
+            num_pages = self.page_pool.num_pages_for(sequence.num_computed_tokens + num_new_tokens)
+            page_ids = self.page_pool.allocate(num_pages - len(sequence.page_ids))
             if page_ids is not None:
                 sequence.page_ids.extend(page_ids)
                 return True
             self._preempt(self._running[-1])
         return False
 
-    def _num_missing_pages(self, sequence: Sequence, num_tokens: int) -> int:
-        return self.page_pool.num_pages_for(num_tokens) - len(sequence.page_ids)
-
     def _admit(self) -> Sequence | None:
         """Gives the first waiting sequence a slot, if all its tokens and one more would fit.
 
-        Fit, that is, beside what the running ones still have to compute of theirs. Only growth by
-        decoding can then cause a preemption, never a prompt that was let in too early.
+        No running sequence still needs pages for its prompt then: a chunk that leaves some of it
+        uses up the budget, and nobody is admitted after that. So only growth by decoding leads to
+        preemption. A sequence preempted in this step does not fit, as pages ran out without it.
         """
         if not self._waiting or not self._free_slots:
             return None
         sequence = self._waiting[0]
-        num_claimed = sum(self._num_missing_pages(s, s.num_tokens) for s in self._running)
-        num_needed = self._num_missing_pages(sequence, sequence.num_tokens + 1)
-        if num_claimed + num_needed > self.page_pool.num_free:
+        if self.page_pool.num_pages_for(sequence.num_tokens + 1) > self.page_pool.num_free:
             return None
         del self._waiting[0]
         sequence.slot = self._free_slots.pop()

@@ -12,6 +12,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.schedule import RequestOutput, Schedule, ScheduledSequence, StepOutput
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.sequence import Sequence
 
 VOCAB_SIZE = 11
 EOS_TOKEN_ID = 0
@@ -194,22 +195,38 @@ def test_preempted_sequences_come_back_and_their_output_is_unaffected() -> None:
     assert outputs["x"][-1].num_preemptions == 0
 
 
-def test_a_prompt_is_not_admitted_while_it_would_take_pages_others_still_need() -> None:
-    config = EngineConfig(
-        max_num_seqs=3,
-        max_num_batched_tokens=16,
-        max_model_len=32,
-        page_size=4,
-        num_pages=10,
-        chunk_tile=8,
-    )
-    scheduler = Scheduler(config)
-    scheduler.add(make_request("a", 24, 1))  # 6 pages, of which the first chunk takes 2
-    scheduler.add(make_request("b", 20, 1))  # 5 pages and one for the next token
-    for _ in range(2):
-        assert [chunk.request_id for chunk in scheduler.schedule().chunks] == ["a"]
-        assert scheduler.stats.num_free_pages >= 4
-    assert scheduler.stats.num_waiting == 1
+def test_rank_alone_decides_who_is_served_and_who_is_preempted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any fixed order must do: this is what priorities will rely on."""
+    monkeypatch.setattr(Sequence, "rank", property(lambda s: -len(s.request.request_id)))
+    scheduler, device = Scheduler(TIGHT), FakeDevice(TIGHT)
+    # Every other prompt needs two steps, and pages that those that decode have taken meanwhile.
+    requests = [make_request("x" * i, 11 if i % 2 else 19, 5, ignore_eos=True) for i in range(1, 9)]
+    outputs: dict[str, tuple[int, ...]] = {}
+    arriving = deque(requests)
+    for _ in range(100):
+        if arriving:
+            scheduler.add(arriving.popleft())
+        schedule = scheduler.schedule()
+        for output in scheduler.update(schedule, device.run(schedule)):
+            outputs[output.request_id] = outputs.get(output.request_id, ()) + output.token_ids
+        scheduler.check_integrity()
+    assert not scheduler.has_unfinished
+    assert outputs == {request.request_id: solo(request)[0] for request in requests}
+    assert scheduler.stats.num_preemptions >= 3
+
+
+@pytest.mark.parametrize(("prompt_len", "is_admitted"), [(15, True), (16, False)])
+def test_a_prompt_is_admitted_only_with_room_for_the_next_token(
+    prompt_len: int, is_admitted: bool
+) -> None:
+    scheduler = Scheduler(TIGHT)
+    scheduler.add(make_request("a", 13, 11))
+    scheduler.schedule()
+    assert scheduler.stats.num_free_pages == 4
+    scheduler.add(make_request("b", prompt_len, 8))
+    assert bool(scheduler.schedule()) is is_admitted
 
 
 def test_end_of_sequence_token_is_kept_and_ends_the_request() -> None:
