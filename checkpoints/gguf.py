@@ -6,6 +6,8 @@ change the computation in a way the model does not know is refused, never ignore
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,24 +51,23 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
         self._metadata = self._file.metadata
-        self._architecture = self._get("general.architecture", str)
-        if self._architecture not in ARCHITECTURES:
-            self._refuse(
-                f"architecture {self._architecture!r} is not supported; "
-                f"supported are {', '.join(sorted(ARCHITECTURES))}"
-            )
-        try:
+        with _named(path):
+            self._architecture = self._get("general.architecture", str)
+            if self._architecture not in ARCHITECTURES:
+                raise ValueError(
+                    f"architecture {self._architecture!r} is not supported; "
+                    f"supported are {', '.join(sorted(ARCHITECTURES))}"
+                )
             self.model = self._read_model()
-        except ValueError as error:
-            self._refuse(str(error).removeprefix(f"{path}: "))
-        self._shapes = canonical_shapes(self.model)
-        self._names = {name: self._gguf_name(name) for name in self._shapes}
-        self._check_tensors()
+            self._shapes = canonical_shapes(self.model)
+            self._names = {name: _gguf_name(name) for name in self._shapes}
+            self._check_tensors()
 
     @property
     def tokenizer(self) -> TokenizerSpec:
         """The tokenizer. Raises ``ValueError`` when there is none, or not a byte-level BPE."""
-        return self._read_tokenizer()
+        with _named(self._file.path):
+            return self._read_tokenizer()
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a tensor as float32 in Hugging Face's orientation, ``[out, in]``.
@@ -88,25 +89,21 @@ class GGUFCheckpoint:
             data = _unpermute_rows(data, self.model.head_dim)
         return dequantize_columns(data, tensor_type).T
 
-    def _refuse(self, problem: str) -> None:
-        raise ValueError(f"{self._file.path}: {problem}")
-
     def _get[T: (int, float, str, bool)](
         self, key: str, kind: type[T], default: T | None = None
     ) -> T:
         """Returns a metadata value of the wanted type, ``default`` when it is absent."""
         value = self._metadata.get(key, default)
         if value is None:
-            raise ValueError(f"{self._file.path}: metadata key {key!r} is missing")
+            raise ValueError(f"metadata key {key!r} is missing")
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if not isinstance(value, kind) or type(value) is not kind:
             raise ValueError(
-                f"{self._file.path}: metadata key {key!r} must be of type {kind.__name__}, "
-                f"got {type(value).__name__}"
+                f"metadata key {key!r} must be of type {kind.__name__}, got {type(value).__name__}"
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{self._file.path}: metadata key {key!r} must be finite, got {value}")
+            raise ValueError(f"metadata key {key!r} must be finite, got {value}")
         return value
 
     def _read_model(self) -> ModelConfig:
@@ -177,25 +174,19 @@ class GGUFCheckpoint:
             raise ValueError(f"{_ROPE_FACTORS} must hold positive, finite numbers")
         return RopeScaling("factors", factors=tuple(factors.tolist()))
 
-    def _gguf_name(self, name: str) -> str:
-        if not name.startswith("layers."):
-            return _MODEL_TENSORS[name]
-        _, layer, part = name.split(".")
-        return f"blk.{layer}.{_LAYER_TENSORS[part]}"
-
     def _check_tensors(self) -> None:
         """Every tensor the model needs is there in its shape, and there is no other."""
         for name, shape in self._shapes.items():
             info = self._file.tensors.get(self._names[name])
             if info is None:
-                self._refuse(f"tensor {self._names[name]!r} is missing")
-            elif info.shape != shape:
-                self._refuse(
+                raise ValueError(f"tensor {self._names[name]!r} is missing")
+            if info.shape != shape:
+                raise ValueError(
                     f"tensor {info.name!r} has shape {info.shape}, the model needs {shape}"
                 )
         unknown = sorted(self._file.tensors.keys() - set(self._names.values()) - {_ROPE_FACTORS})
         if unknown:
-            self._refuse(
+            raise ValueError(
                 f"{len(unknown)} tensors that a {self._architecture} model does not have, "
                 f"{unknown[0]!r} the first"
             )
@@ -203,15 +194,17 @@ class GGUFCheckpoint:
     def _read_tokenizer(self) -> TokenizerSpec:
         kind = self._get("tokenizer.ggml.model", str)
         if kind != "gpt2":
-            self._refuse(f"tokenizer {kind!r} is not supported; supported is gpt2 (byte-level BPE)")
+            raise ValueError(
+                f"tokenizer {kind!r} is not supported; supported is gpt2 (byte-level BPE)"
+            )
         tokens = self._strings("tokenizer.ggml.tokens")
         if len(tokens) > self.model.vocab_size:
-            self._refuse(
+            raise ValueError(
                 f"{len(tokens)} tokens, but the embedding has {self.model.vocab_size} rows"
             )
         token_types = self._metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens)))
         if not isinstance(token_types, np.ndarray) or len(token_types) != len(tokens):
-            self._refuse(f"tokenizer.ggml.token_type must be {len(tokens)} numbers")
+            raise ValueError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers")
         token_types = np.asarray(token_types)
         pre_tokenizer = self._get("tokenizer.ggml.pre", str)
         end_ids = (self._token_id(end, len(tokens)) for end in ("eos", "eot"))
@@ -239,13 +232,13 @@ class GGUFCheckpoint:
             return None
         token_id = self._get(key, int)
         if not 0 <= token_id < num_tokens:
-            self._refuse(f"{key} must be in [0, {num_tokens - 1}], got {token_id}")
+            raise ValueError(f"{key} must be in [0, {num_tokens - 1}], got {token_id}")
         return token_id
 
     def _strings(self, key: str) -> tuple[str, ...]:
         value = self._metadata.get(key)
         if not isinstance(value, tuple):
-            raise ValueError(f"{self._file.path}: metadata key {key!r} must be an array of strings")
+            raise ValueError(f"metadata key {key!r} must be an array of strings")
         return value
 
 
@@ -274,6 +267,22 @@ def canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         }.items():
             shapes[f"layers.{layer}.{part}"] = shape
     return shapes
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the file's name before whatever is wrong with what it says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _gguf_name(name: str) -> str:
+    if not name.startswith("layers."):
+        return _MODEL_TENSORS[name]
+    _, layer, part = name.split(".")
+    return f"blk.{layer}.{_LAYER_TENSORS[part]}"
 
 
 def _unpermute_rows(data: np.ndarray, head_dim: int) -> np.ndarray:

@@ -247,10 +247,8 @@ class GGUFFile:
             self._refuse(
                 f"tensor {name!r} has {num_dimensions} dimensions, 1 to {MAX_DIMENSIONS} can be"
             )
-        # GGML counts dimensions from the innermost.
-        shape = tuple(self._unsigned(8, f"a dimension of {name!r}") for _ in range(num_dimensions))[
-            ::-1
-        ]
+        sizes = [self._unsigned(8, f"a dimension of {name!r}") for _ in range(num_dimensions)]
+        shape = tuple(reversed(sizes))  # GGML counts dimensions from the innermost
         number = self._unsigned(4, f"the type of {name!r}")
         offset = self._unsigned(8, f"the offset of {name!r}")
         tensor_type = TENSOR_TYPES.get(number)

@@ -4,6 +4,7 @@ Knows neither Flax nor any module: the abstract parameters say what is wanted, b
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,8 +19,8 @@ from checkpoints.gguf_blocks import aligned_empty
 from checkpoints.gguf_file import MAGIC
 from jaxinfer.config import ModelConfig, TokenizerSpec
 
-# Dequantization is bound by memory: more threads bring little, and each holds one parameter.
-_NUM_THREADS = 4
+# Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
+_NUM_THREADS = min(8, os.cpu_count() or 1)
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
