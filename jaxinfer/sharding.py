@@ -7,13 +7,16 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+# ``jax.Device`` is a value to type checkers.
+Device = Any
+
 TENSOR = "tensor"
 
 # Logical axis of a parameter or cache -> mesh axis it is split over (absent: replicated).
 RULES: Mapping[str, str] = {"kv_heads": TENSOR, "ffn": TENSOR, "vocab": TENSOR}
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(devices: Sequence[Device]) -> Mesh:
     """A one-dimensional mesh over ``devices`` for tensor parallelism."""
     return jax.make_mesh((len(devices),), (TENSOR,), (AxisType.Auto,), devices=devices)
 

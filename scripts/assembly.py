@@ -15,7 +15,7 @@ from jaxinfer import models
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.kv_cache import page_bytes, plan_num_pages
-from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import Device, make_mesh
 from scripts.phases import Phases
 from scripts.platforms import add_platform_options, pick_devices
 from serving.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class LoadedModel:
     engine_config: EngineConfig
     dtypes: DtypePolicy
     tokenizer: Tokenizer
-    devices: list[jax.Device]
+    devices: list[Device]
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +116,7 @@ def load_model(
 
 
 def engine_config(
-    options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, device: jax.Device
+    options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, device: Device
 ) -> EngineConfig:
     """Sizes of the engine; what is not given follows from the model and the platform."""
     context = model.max_position_embeddings
@@ -154,7 +154,7 @@ def engine_config(
     )
 
 
-def default_kv_bytes(device: jax.Device, model: ModelConfig, dtypes: DtypePolicy) -> int:
+def default_kv_bytes(device: Device, model: ModelConfig, dtypes: DtypePolicy) -> int:
     """Memory for the KV cache when the user names none."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:

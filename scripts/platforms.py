@@ -4,6 +4,8 @@ import argparse
 
 import jax
 
+from jaxinfer.sharding import Device
+
 # What the user calls a TPU generation -> how its devices call themselves.
 TPU_DEVICE_KINDS = {
     "v4": ("TPU v4",),
@@ -23,7 +25,7 @@ def add_platform_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def pick_devices(options: argparse.Namespace) -> list[jax.Device]:
+def pick_devices(options: argparse.Namespace) -> list[Device]:
     """The devices of the wanted platform. Raises ``ValueError`` in one line when there are none."""
     if options.cpu:
         return _devices("cpu", "")
@@ -38,7 +40,7 @@ def pick_devices(options: argparse.Namespace) -> list[jax.Device]:
     return jax.devices()
 
 
-def _devices(platform: str, needed: str) -> list[jax.Device]:
+def _devices(platform: str, needed: str) -> list[Device]:
     jax.config.update("jax_platforms", platform)
     try:
         return jax.devices(platform)

@@ -85,7 +85,7 @@ def test_nothing_compiles_after_compile() -> None:
     run_all(engine, mixed_requests()[:1])
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, duration, **kwargs: compiled.append(name) if "compile" in name else None
+        lambda event, duration_secs, **_: compiled.append(event) if "compile" in event else None
     )
     try:
         run_all(engine, mixed_requests())
@@ -182,7 +182,7 @@ def test_score_is_the_likelihood_of_the_text() -> None:
     greedy = run_all(engine, [dataclasses.replace(random_request("b", 40, 1, seed=9))])["b"][0]
     others = [engine.score((*tokens[:40], token))[-1] for token in range(engine.model.vocab_size)]
     assert int(np.argmin(others)) == greedy
-    assert np.exp(-np.float64(others)).sum() == pytest.approx(1.0, abs=1e-5)
+    assert np.exp(-np.asarray(others, np.float64)).sum() == pytest.approx(1.0, abs=1e-5)
     np.testing.assert_array_equal(losses[:39], engine.score(tokens[:40]))
 
 
@@ -199,7 +199,7 @@ def test_parameters_are_checked() -> None:
     check_parameters(wanted, parameters)
     with pytest.raises(ValueError, match=r"norm.*missing"):
         check_parameters(wanted, {k: v for k, v in parameters.items() if k != "norm"})
-    with pytest.raises(ValueError, match="no parameter.*extra"):
+    with pytest.raises(ValueError, match=r"no parameter.*extra"):
         check_parameters(wanted, parameters | {"extra": parameters["norm"]})
-    with pytest.raises(ValueError, match="norm.*wants"):
+    with pytest.raises(ValueError, match=r"norm.*wants"):
         check_parameters(wanted, parameters | {"norm": parameters["norm"][1:]})

@@ -109,10 +109,11 @@ class Probe:
         """The sequence in slot 0, in chunks of ``num_tiles`` tiles; logits of its last token."""
         self.reset()
         shape, size = BatchShape(8, num_tiles), num_tiles * CONFIG.chunk_tile
+        last = np.zeros(0)
         for start in range(0, LENGTH, size):
             count = min(size, LENGTH - start)
-            logits = self.run(shape, [], [(0, start, count)])
-        return logits[shape.num_decodes + count - 1]
+            last = self.run(shape, [], [(0, start, count)])[shape.num_decodes + count - 1]
+        return last
 
     def pages(self) -> list[np.ndarray]:
         """Keys and values of slot 0's first 176 tokens (whole pages), by layer."""

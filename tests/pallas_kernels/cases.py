@@ -98,8 +98,10 @@ def build(case: AttentionCase, seed: int = 0) -> AttentionInputs:
     decodes += padding * case.padding_decodes
     tiles = []
     for index, (start, count) in enumerate(case.chunks, start=len(case.decodes)):
-        for first in range(0, count, case.tile_rows):
-            tiles.append((index, start + first, min(case.tile_rows, count - first)))
+        tiles += [
+            (index, start + first, min(case.tile_rows, count - first))
+            for first in range(0, count, case.tile_rows)
+        ]
     tiles += padding * case.padding_tiles
 
     rows, row = [], 0

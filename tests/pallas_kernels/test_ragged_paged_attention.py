@@ -74,12 +74,18 @@ def test_case(name: str, backend: str) -> None:
 def test_bfloat16_stays_near_float32(name: str) -> None:
     case = BY_NAME[name]
     inputs = build(case)
-    half = [
+    queries, keys, values, pages = (
         jnp.asarray(array, jnp.bfloat16)
         for array in (inputs.queries, inputs.keys, inputs.values, inputs.kv_pages)
-    ]
+    )
     outputs, kv_pages = ragged_paged_attention(
-        *half, inputs.batch, scale=case.head_dim**-0.5, sliding_window=case.sliding_window
+        queries,
+        keys,
+        values,
+        pages,
+        inputs.batch,
+        scale=case.head_dim**-0.5,
+        sliding_window=case.sliding_window,
     )
     assert outputs.dtype == kv_pages.dtype == jnp.bfloat16
     wanted, _ = expected(case, inputs)
@@ -97,6 +103,7 @@ def test_pages_are_written_in_place() -> None:
         .compile()
         .memory_analysis()
     )
+    assert memory is not None
     assert memory.alias_size_in_bytes == inputs.kv_pages.nbytes
 
 

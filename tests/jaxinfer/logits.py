@@ -1,0 +1,60 @@
+"""Logits of whole prompts through the paged step, for tests that compare numbers."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxinfer import models, step
+from jaxinfer.batch import BatchShape, pack, unpack
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.request import SamplingParams
+from jaxinfer.schedule import Schedule, ScheduledSequence
+from jaxinfer.sharding import make_mesh
+from tests.jaxinfer.tiny import CPU_DTYPES
+
+
+def prompt_logits(
+    model: ModelConfig, parameters: dict[Any, Any], token_ids: Sequence[int], config: EngineConfig
+) -> np.ndarray:
+    """[n, V] float32 after every token of a prompt, which is computed in chunks of two tiles."""
+    mesh = make_mesh(jax.devices("cpu")[:1])
+    abstract = step.abstract_state(model, config, CPU_DTYPES, mesh)
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    shape, size = BatchShape(8, 2), 2 * config.chunk_tile
+
+    program = _program(model, config, shape)
+    logits = []
+    for start in range(0, len(token_ids), size):
+        tokens = tuple(token_ids[start : start + size])
+        chunk = ScheduledSequence(
+            request_id="a",
+            slot=0,
+            start=start,
+            token_ids=tokens,
+            page_ids=tuple(range(config.max_pages_per_sequence)),
+            samples=False,
+            sampling=SamplingParams(),
+        )
+        packed, _ = pack(Schedule(chunks=(chunk,)), shape, config)
+        state, rows = program(parameters, state, packed)
+        logits.append(np.asarray(rows)[: len(tokens)])
+    return np.concatenate(logits)
+
+
+@functools.cache
+def _program(model: ModelConfig, config: EngineConfig, shape: BatchShape) -> Any:
+    """Compiled once for all prompts of a model."""
+    graph, _ = models.abstract(model, CPU_DTYPES)
+
+    def program(parameters: Any, state: step.StepState, packed: jax.Array) -> Any:
+        llama = nnx.merge(graph, parameters)
+        batch = unpack(packed, shape, config)
+        hidden, _, state = step.forward(llama, state, batch, config)
+        return state, llama.logits(hidden[shape.num_decodes :])
+
+    return jax.jit(program, donate_argnums=1)
