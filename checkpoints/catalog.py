@@ -159,6 +159,7 @@ def _pip_command(package: str, work: Path) -> list[str] | None:
 def _run(command: list[str], work: Path, source: Source, progress: Progress | None) -> str | None:
     """Runs a tool that fills ``work``. Returns None, or in one line why it failed."""
     log = work / "log"
+    done = 0
     limit = _MAX_WORK_FACTOR * source.num_bytes + _MAX_WORK_SLACK
     environment = {**os.environ, "TMPDIR": str(work), "NO_COLOR": "1"}
     with log.open("wb") as output:
@@ -170,9 +171,10 @@ def _run(command: list[str], work: Path, source: Source, progress: Progress | No
                 num_bytes = _bytes_below(work)
                 if num_bytes > limit:
                     return f"{command[0]} fetched {num_bytes} bytes, more than the limit of {limit}"
+                # Tools move and delete files meanwhile; the last byte counts when it is verified.
+                done = max(done, min(num_bytes, source.num_bytes - 1))
                 if progress:
-                    # The last byte counts when it is verified.
-                    progress(min(num_bytes, source.num_bytes - 1), source.num_bytes)
+                    progress(done, source.num_bytes)
                 try:
                     process.wait(_POLL_SECONDS)
                 except subprocess.TimeoutExpired:
