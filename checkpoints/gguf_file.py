@@ -266,5 +266,4 @@ class GGUFFile:
                 f"{tensor_type.block_elements} in a block of {tensor_type.name}"
             )
         num_bytes = math.prod(shape) // tensor_type.block_elements * tensor_type.block_bytes
-        self._limit(f"the size of tensor {name!r} in bytes", num_bytes, len(self._data))
         return TensorInfo(name, shape, tensor_type, offset, num_bytes)

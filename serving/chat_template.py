@@ -101,6 +101,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        # Jinja2 would hand out its own safe str.format before asking is_safe_attribute; its
+        # widths allocate all the same.
+        return None
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             raise ValueError("formatting with % is not supported")

@@ -96,7 +96,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start}") from error
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # The batch call lets other threads run meanwhile; encode() holds the interpreter's lock,
+        # a second for a long prompt.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        token_ids = encoding.ids
         if add_special_tokens and self._spec.add_bos_token and self.bos_token_id is not None:
             return [self.bos_token_id, *token_ids]
         return token_ids

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Writes llama_reference.json: logits and greedy tokens of small random Llamas by transformers.
 
 Runs apart from the project's environment, which has no torch:
