@@ -30,7 +30,8 @@ class ByteTokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_control_tokens: bool = True) -> str:
         pieces = [
-            bytes((i,)) if i < 256 else b"" if skip_control_tokens else b"<%d>" % i for i in token_ids
+            bytes((i,)) if i < 256 else b"" if skip_control_tokens else b"<%d>" % i
+            for i in token_ids
         ]
         return b"".join(pieces).decode(errors="replace")
 
