@@ -78,14 +78,18 @@ class Request:
         if not self.prompt_token_ids:
             raise ValueError("the prompt has no tokens; at least 1 is needed")
 
-    def check_fits(self, vocab_size: int, max_model_len: int) -> None:
-        """Raises ``ValueError`` when this model cannot serve this request."""
+    def check_length(self, max_model_len: int) -> None:
+        """Raises ``ValueError`` when prompt and output could exceed ``max_model_len`` tokens."""
         total = len(self.prompt_token_ids) + self.max_tokens
         if total > max_model_len:
             raise ValueError(
                 f"prompt ({len(self.prompt_token_ids)} tokens) plus max_tokens "
                 f"({self.max_tokens}) is {total}, more than max_model_len ({max_model_len})"
             )
+
+    def check_fits(self, vocab_size: int, max_model_len: int) -> None:
+        """Raises ``ValueError`` when this model cannot serve this request."""
+        self.check_length(max_model_len)
         low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
         if low < 0 or high >= vocab_size:
             raise ValueError(

@@ -14,7 +14,9 @@ class ScheduledSequence:
 
     Its ``token_ids`` stand at positions ``start .. start + len(token_ids) - 1``; ``page_ids`` are
     all pages it holds, enough for those positions. ``samples`` is true when its last token is the
-    last one known, so that the step yields a new token for it.
+    last one known, so that the step yields a new token for it. ``admission`` numbers the times a
+    slot was given to a sequence: it tells a preempted sequence that came back, or a new request
+    with an old id, from the one that a late step output belongs to.
     """
 
     request_id: str
@@ -24,6 +26,7 @@ class ScheduledSequence:
     page_ids: tuple[int, ...]
     samples: bool
     sampling: SamplingParams
+    admission: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""The paged KV cache on the device: one array a layer, and what a page costs."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.sharding import named_sharding
+from pallas_kernels.ragged_paged_attention import kv_pages_shape
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: str) -> int:
+    """Bytes of one page over all layers, keys and values."""
+    values = 2 * page_size * model.num_key_value_heads * model.head_dim
+    return values * model.num_hidden_layers * jnp.dtype(dtype).itemsize
+
+
+def abstract_kv_pages(
+    model: ModelConfig, num_pages: int, page_size: int, dtype: str, mesh: Mesh
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """One array a layer, [num_pages, G, 2, page_size, D], split over kv heads."""
+    shape = kv_pages_shape(num_pages, page_size, model.num_key_value_heads, model.head_dim)
+    sharding = named_sharding(mesh, (None, "kv_heads"))
+    page = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+    return (page,) * model.num_hidden_layers
+
+
+def plan_num_pages(
+    model: ModelConfig,
+    page_size: int,
+    dtype: str,
+    max_num_seqs: int,
+    max_model_len: int,
+    memory_bytes: int,
+) -> int:
+    """Pages that fit ``memory_bytes``, but no more than all slots at full length could use."""
+    most = max_num_seqs * -(-max_model_len // page_size)
+    return min(most, memory_bytes // page_bytes(model, page_size, dtype))

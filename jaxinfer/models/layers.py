@@ -1,0 +1,93 @@
+"""Pieces every model family is made of. Axis letters: T rows, E embed, H heads, D head dim."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxinfer.config import ModelConfig
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...], fan_in: int
+) -> nnx.Param[jax.Array]:
+    """Declares a parameter once: shape, dtype and logical axes; initialised normal(fan_in^-1/2)."""
+    initializer = jax.nn.initializers.normal(fan_in**-0.5)
+    value = initializer(rngs.params(), shape, jnp.dtype(dtype))
+    return nnx.Param(value, out_sharding=axes)
+
+
+def norm_scale(size: int) -> nnx.Param[jax.Array]:
+    """The weight of an RMS norm, float32 on every platform."""
+    return nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=("embed",))
+
+
+def traced_once(layer: nnx.Module, *inputs: Any) -> Any:
+    """``layer(*inputs)``, traced and lowered once for all layers that differ only in weights.
+
+    The compiler inlines the calls again: programs are the same, start-up is shorter.
+    """
+    graph, parameters = nnx.split(layer)
+    return _apply(graph, nnx.to_pure_dict(parameters), *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graph: nnx.GraphDef[Any], parameters: dict[Any, Any], *inputs: Any) -> Any:
+    return nnx.merge(graph, parameters)(*inputs)
+
+
+def rms_norm(inputs: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """[T, E] x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019)."""
+    x = inputs.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return (x * scale[None, :]).astype(inputs.dtype)
+
+
+def linear(inputs: jax.Array, weight: jax.Array, num_axes: int = 1) -> jax.Array:
+    """Contracts the last ``num_axes`` axes of ``inputs`` with the first of ``weight``.
+
+    Accumulates in float32 and returns the inputs' dtype.
+    """
+    products = jnp.tensordot(inputs, weight, num_axes, preferred_element_type=jnp.float32)
+    return products.astype(inputs.dtype)
+
+
+def rope_tables(positions: jax.Array, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [T, 1, D/2] float32 of the rotary angles at ``positions`` [T]."""
+    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(model)[None, :]
+    return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+
+
+def inverse_frequencies(model: ModelConfig) -> np.ndarray:
+    """[D/2] float32: theta^(-2i/D), stretched by the model's rope scaling (Su et al. 2021)."""
+    exponents = np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim
+    frequencies = model.rope_theta**-exponents
+    scaling = model.rope_scaling
+    if scaling is None:
+        pass
+    elif scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.kind == "factors":
+        frequencies = frequencies / np.asarray(scaling.factors)
+    elif scaling.kind == "llama3":
+        # Wavelengths beyond the trained context are stretched, short ones kept, with a linear
+        # passage between the two (Grattafiori et al. 2024).
+        wavelengths = 2 * np.pi / frequencies
+        rotations = scaling.original_max_position_embeddings / wavelengths
+        smooth = (rotations - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        smooth = np.clip(smooth, 0.0, 1.0)
+        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    return frequencies.astype(np.float32)
+
+
+def apply_rope(heads: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates [T, H, D] by halves: dimension i is paired with i + D/2, as in Hugging Face."""
+    cos, sin = tables
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)

@@ -1,0 +1,121 @@
+"""The Llama family: Llama 2, 3, 3.x, SmolLM2.
+
+Axis letters: T rows, R logits rows, E embed, G kv heads, D head dim, F ffn, V vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.models import layers
+from pallas_kernels.ragged_paged_attention import RaggedBatch, ragged_paged_attention
+
+RopeTables = tuple[jax.Array, jax.Array]
+
+
+class LlamaLayer(nnx.Module):
+    """Attention and gated MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, model: ModelConfig, dtypes: DtypePolicy, rngs: nnx.Rngs) -> None:
+        embed, ffn, head_dim = model.hidden_size, model.intermediate_size, model.head_dim
+        kv_heads = model.num_key_value_heads
+        group = model.num_attention_heads // kv_heads
+        dtype = dtypes.weights
+        self.model = model
+        self.input_norm = layers.norm_scale(embed)
+        # For each kv head its query heads, its key and its value: one product, split by kv head.
+        self.qkv = layers.parameter(
+            rngs,
+            (embed, kv_heads, group + 2, head_dim),
+            dtype,
+            ("embed", "kv_heads", None, None),
+            fan_in=embed,
+        )
+        self.o_proj = layers.parameter(
+            rngs,
+            (kv_heads, group, head_dim, embed),
+            dtype,
+            ("kv_heads", None, None, "embed"),
+            fan_in=kv_heads * group * head_dim,
+        )
+        self.post_attention_norm = layers.norm_scale(embed)
+        self.gate_up = layers.parameter(
+            rngs, (embed, 2, ffn), dtype, ("embed", None, "ffn"), fan_in=embed
+        )
+        self.down_proj = layers.parameter(rngs, (ffn, embed), dtype, ("ffn", "embed"), fan_in=ffn)
+
+    def __call__(
+        self, x: jax.Array, rope: RopeTables, kv_pages: jax.Array, batch: RaggedBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        """[T, E] -> [T, E] and the pages with this step's keys and values in them."""
+        model = self.model
+        rows, head_dim = x.shape[0], model.head_dim
+        normed = layers.rms_norm(x, self.input_norm[...], model.rms_norm_eps)
+        qkv = layers.linear(normed, self.qkv[...])  # [T, G, heads per kv head + 2, D]
+        queries = qkv[:, :, :-2].reshape(rows, model.num_attention_heads, head_dim)
+        attended, kv_pages = ragged_paged_attention(
+            layers.apply_rope(queries, rope),
+            layers.apply_rope(qkv[:, :, -2], rope),
+            qkv[:, :, -1],
+            kv_pages,
+            batch,
+            scale=head_dim**-0.5,
+        )
+        attended = attended.reshape(rows, model.num_key_value_heads, -1, head_dim)
+        x = x + layers.linear(attended, self.o_proj[...], num_axes=3)
+        normed = layers.rms_norm(x, self.post_attention_norm[...], model.rms_norm_eps)
+        gate_up = layers.linear(normed, self.gate_up[...])  # [T, 2, F]
+        hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
+        return x + layers.linear(hidden, self.down_proj[...]), kv_pages
+
+
+class Llama(nnx.Module):
+    """Token ids to hidden states over a paged KV cache, and hidden states to logits."""
+
+    def __init__(self, model: ModelConfig, dtypes: DtypePolicy, rngs: nnx.Rngs) -> None:
+        self.model, self.dtypes = model, dtypes
+        self.embed_tokens = layers.parameter(
+            rngs,
+            (model.vocab_size, model.hidden_size),
+            dtypes.weights,
+            ("vocab", "embed"),
+            fan_in=model.hidden_size,
+        )
+        self.layers = nnx.List(
+            [LlamaLayer(model, dtypes, rngs) for _ in range(model.num_hidden_layers)]
+        )
+        self.norm = layers.norm_scale(model.hidden_size)
+        if not model.tie_word_embeddings:
+            self.lm_head = layers.parameter(
+                rngs,
+                (model.hidden_size, model.vocab_size),
+                dtypes.weights,
+                ("embed", "vocab"),
+                fan_in=model.hidden_size,
+            )
+
+    def __call__(
+        self, token_ids: jax.Array, kv_pages: tuple[jax.Array, ...], batch: RaggedBatch
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included."""
+        x = self.embed_tokens[...][token_ids].astype(self.dtypes.activations)
+        rope = layers.rope_tables(batch.positions(), self.model)
+        written = []
+        for layer, pages in zip(self.layers, kv_pages, strict=True):
+            x, pages = layers.traced_once(layer, x, rope, pages, batch)
+            written.append(pages)
+        return layers.rms_norm(x, self.norm[...], self.model.rms_norm_eps), tuple(written)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, E] -> [R, V] float32."""
+        if self.model.tie_word_embeddings:
+            head, contracted = self.embed_tokens[...], 1
+        else:
+            head, contracted = self.lm_head[...], 0
+        return jax.lax.dot_general(
+            hidden,
+            head,
+            (((1,), (contracted,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )

@@ -1,0 +1,92 @@
+"""Who holds which page of the KV cache: reference counts and a free list of page ids.
+
+Host only: never imports JAX. It knows no sequence, no token and nothing of what a page stores.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+
+class PagePool:
+    """``num_pages`` pages of ``page_size`` tokens, handed out by id in a deterministic order.
+
+    A page is free, or it has as many references as there are holders:
+
+        free --allocate--> 1 reference <--share / free--> 2, 3, ... references
+          ^------free-----------'
+
+    Free pages wait in the order in which they were freed and the one that waited longest is
+    handed out first; any of them can be taken from the middle in constant time. A prefix cache
+    needs both: a page is then found by its hash as long as nobody has overwritten it.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._num_references = [0] * num_pages
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that hold the positions ``0 .. num_tokens - 1``."""
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, num_pages: int) -> tuple[int, ...] | None:
+        """Hands out ``num_pages`` free pages with one reference each.
+
+        All or nothing: with fewer free pages the answer is ``None`` and nothing has changed.
+        """
+        assert num_pages >= 0, f"asked for {num_pages} pages"
+        if num_pages > self.num_free:
+            return None
+        page_ids = tuple(self._free.popitem(last=False)[0] for _ in range(num_pages))
+        for page_id in page_ids:
+            self._num_references[page_id] = 1
+        return page_ids
+
+    def share(self, page_ids: Iterable[int]) -> None:
+        """Adds one reference to each of these pages, which somebody holds already."""
+        for page_id in page_ids:
+            self._check_held(page_id)
+            self._num_references[page_id] += 1
+
+    def free(self, page_ids: Iterable[int]) -> None:
+        """Takes one reference from each page; those without any are free again.
+
+        ``page_ids`` are in the order of their positions. The last are freed first, hence reused
+        first: the front of a sequence is what a later prompt may share.
+        """
+        for page_id in reversed(tuple(page_ids)):
+            self._check_held(page_id)
+            self._num_references[page_id] -= 1
+            if not self._num_references[page_id]:
+                self._free[page_id] = None
+
+    def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
+        """Asserts that every page is either free or referenced, and by as many as hold it.
+
+        ``holders`` are the page ids of everyone who holds any; without them only the pool's own
+        books are compared. Takes time proportional to ``num_pages``: for tests and idle times.
+        """
+        assert len(self._num_references) == self.num_pages
+        for page_id, count in enumerate(self._num_references):
+            assert count >= 0, f"page {page_id} has {count} references"
+            assert (page_id in self._free) == (count == 0), (
+                f"page {page_id} has {count} references, free: {page_id in self._free}"
+            )
+        assert len(self._free) == self._num_references.count(0), "unknown pages on the free list"
+        if holders is not None:
+            held = Counter(page_id for page_ids in holders for page_id in page_ids)
+            counted = {i: count for i, count in enumerate(self._num_references) if count}
+            assert held == counted, f"held {dict(held)}, counted {counted}"
+
+    def _check_held(self, page_id: int) -> None:
+        assert 0 <= page_id < self.num_pages, f"no page {page_id} among {self.num_pages}"
+        assert self._num_references[page_id] > 0, f"page {page_id} is free already"

@@ -1,0 +1,91 @@
+"""Perplexity of a text under a model. ``python scripts/evaluate.py --help``."""
+
+import time
+
+STARTED = time.perf_counter()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main  # noqa: E402
+from scripts.phases import Phases  # noqa: E402
+
+MAX_TEXT_BYTES = 256 << 20
+
+
+def main() -> None:
+    """Entry point ``jaxinfer-evaluate``."""
+    run_main(evaluate)
+
+
+def evaluate() -> None:
+    """Prints tokens, mean negative log-likelihood (nats a predicted token) and perplexity."""
+    options = parse_arguments()
+    size = Path(options.text).stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"{options.text} has {size} bytes, more than {MAX_TEXT_BYTES}")
+    text = Path(options.text).read_text(encoding="utf-8")
+    phases = Phases(STARTED, quiet=options.json)
+    phases.add("import", time.perf_counter() - STARTED)
+    loaded = load_model(options, phases, compile_steps=False)
+    token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+    if options.max_tokens is not None:
+        token_ids = token_ids[: options.max_tokens]
+    if len(token_ids) < 2:
+        raise ValueError(f"the text has {len(token_ids)} tokens; at least 2 are needed")
+    begun = time.perf_counter()
+    losses = window_losses(loaded, token_ids)
+    result = {
+        "model": loaded.name,
+        "tokens": len(token_ids),
+        "predicted_tokens": len(losses),
+        "nll": float(losses.mean()),
+        "perplexity": math.exp(float(losses.mean())),
+        "window": loaded.engine_config.max_model_len,
+        "seconds": round(time.perf_counter() - begun, 3),
+    }
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:<17} {value}")
+
+
+def window_losses(loaded: LoadedModel, token_ids: list[int]) -> np.ndarray:
+    """Nats of every predicted token, in windows of max_model_len that do not overlap.
+
+    The first token of a window is not predicted; a rest of a single token is left out.
+    """
+    size = loaded.engine_config.max_model_len
+    starts = range(0, len(token_ids) - 1, size)
+    losses = [
+        loaded.engine.score(token_ids[start : start + size])
+        for start in tqdm(starts, desc="windows", file=sys.stderr, disable=None, leave=False)
+    ]
+    return np.concatenate(losses).astype(np.float64)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Measure a model's perplexity on a text.")
+    parser.add_argument("--text", required=True, help="a UTF-8 file")
+    parser.add_argument("--max-tokens", type=int, help="only the text's first tokens")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    add_engine_options(parser)
+    options = parser.parse_args()
+    if options.max_tokens is not None and options.max_tokens < 2:
+        parser.error(f"--max-tokens must be at least 2, got {options.max_tokens}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Picks the platform a program runs on; says in one line what is missing."""
+
+import argparse
+
+import jax
+
+# What the user calls a TPU generation -> how its devices call themselves.
+TPU_DEVICE_KINDS = {
+    "v4": ("TPU v4",),
+    "v5e": ("TPU v5 lite", "TPU v5e"),
+    "v5p": ("TPU v5", "TPU v5p"),
+    "v6e": ("TPU v6 lite", "TPU v6e"),
+}
+
+
+def add_platform_options(parser: argparse.ArgumentParser) -> None:
+    """--cpu, --gpu, --tpu GENERATION; without any, the best platform JAX finds."""
+    group = parser.add_argument_group("platform").add_mutually_exclusive_group()
+    group.add_argument("--cpu", action="store_true", help="run on the CPU")
+    group.add_argument("--gpu", action="store_true", help="run on an NVIDIA GPU")
+    group.add_argument(
+        "--tpu", choices=sorted(TPU_DEVICE_KINDS), help="run on a TPU of this generation"
+    )
+
+
+def pick_devices(options: argparse.Namespace) -> list[jax.Device]:
+    """The devices of the wanted platform. Raises ``ValueError`` in one line when there are none."""
+    if options.cpu:
+        return _devices("cpu", "")
+    if options.gpu:
+        return _devices("cuda", "a machine with an NVIDIA driver and pip install jaxinfer[gpu]")
+    if options.tpu:
+        devices = _devices("tpu", "a TPU VM and pip install jaxinfer[tpu]")
+        kind = devices[0].device_kind
+        if kind not in TPU_DEVICE_KINDS[options.tpu]:
+            raise ValueError(f"--tpu {options.tpu}: this machine has {len(devices)} x {kind}")
+        return devices
+    return jax.devices()
+
+
+def _devices(platform: str, needed: str) -> list[jax.Device]:
+    jax.config.update("jax_platforms", platform)
+    try:
+        return jax.devices(platform)
+    except RuntimeError as error:
+        jax.config.update("jax_platforms", "cpu")
+        found = jax.devices()
+        flag = {"cuda": "--gpu", "tpu": "--tpu"}.get(platform, "--cpu")
+        raise ValueError(
+            f"{flag}: no {platform} device; found {len(found)} x {found[0].device_kind}. "
+            f"It needs {needed}; without one use --cpu"
+        ) from error

@@ -1,0 +1,90 @@
+"""Serves a model over gRPC: fetch, load, compile, listen. ``python scripts/serve.py --help``."""
+
+import time
+
+STARTED = time.perf_counter()
+
+import argparse  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.assembly import add_engine_options, load_model, run_main  # noqa: E402
+from scripts.phases import Phases  # noqa: E402
+from serving.served_model import ServedModel  # noqa: E402
+from serving.server import LoadInterruptedError, run_server  # noqa: E402
+from serving.tokenizer import Detokenizer  # noqa: E402
+
+
+def main() -> None:
+    """Entry point ``jaxinfer-serve``."""
+    run_main(serve)
+
+
+def serve() -> None:
+    """Serves until SIGTERM or SIGINT; running requests are finished first."""
+    options = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    phases = Phases(STARTED)
+    phases.add("import", time.perf_counter() - STARTED)
+    described = ""
+
+    def load() -> ServedModel:
+        nonlocal described
+        loaded = load_model(options, phases)
+        device = loaded.devices[0]
+        described = f"{loaded.name} on {device.device_kind} in {loaded.dtypes.weights}"
+        return ServedModel(
+            name=loaded.name,
+            model=loaded.model,
+            engine=loaded.engine,
+            engine_config=loaded.engine_config,
+            dtypes=loaded.dtypes,
+            tokenizer=loaded.tokenizer,
+            new_detokenizer=lambda: Detokenizer(loaded.tokenizer),
+        )
+
+    def on_ready(port: int) -> None:
+        phases.print_table()
+        print(f"SERVING {described} at {options.host}:{port}", flush=True)
+
+    try:
+        run_server(
+            load,
+            host=options.host,
+            port=options.port,
+            grace_seconds=options.grace_seconds,
+            on_ready=on_ready,
+        )
+    except LoadInterruptedError:
+        os._exit(130)  # the loading thread cannot be stopped
+    print("stopped", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Serve a model over gRPC.")
+    add_engine_options(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    group.add_argument(
+        "--port", type=int, default=50051, help="port, 0 for any free one (default: %(default)s)"
+    )
+    group.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=30.0,
+        help="how long running requests may go on after SIGTERM (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port must be between 0 and 65535, got {options.port}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

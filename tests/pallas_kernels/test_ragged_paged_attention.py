@@ -1,0 +1,136 @@
+"""Every backend against loops over plain NumPy arrays, case by case."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.ragged_paged_attention import (
+    IMPLEMENTATIONS,
+    QueryTiles,
+    RaggedBatch,
+    ragged_paged_attention,
+)
+from tests.pallas_kernels.cases import CASES, AttentionCase, AttentionInputs, build
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def run(case: AttentionCase, inputs: AttentionInputs, backend: str) -> tuple[np.ndarray, ...]:
+    operation = functools.partial(
+        ragged_paged_attention,
+        scale=case.head_dim**-0.5,
+        sliding_window=case.sliding_window,
+        logit_soft_cap=case.logit_soft_cap,
+        backend=backend,
+    )
+    outputs, kv_pages = jax.jit(operation)(
+        inputs.queries, inputs.keys, inputs.values, inputs.kv_pages, inputs.batch
+    )
+    return np.asarray(outputs), np.asarray(kv_pages)
+
+
+def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
+    """Attention as loops over rows and heads in float64, written without any of our code."""
+    table, size = np.asarray(inputs.batch.page_table), case.page_size
+    pages = inputs.kv_pages.astype(np.float64)
+    for sequence, position, row in inputs.rows:
+        page = table[sequence, position // size]
+        pages[page, :, 0, position % size] = inputs.keys[row]
+        pages[page, :, 1, position % size] = inputs.values[row]
+    outputs = np.zeros(inputs.queries.shape)
+    group = case.num_heads // case.num_kv_heads
+    for sequence, position, row in inputs.rows:
+        low = 0 if case.sliding_window is None else max(0, position - case.sliding_window + 1)
+        where = [(table[sequence, p // size], p % size) for p in range(low, position + 1)]
+        for head in range(case.num_heads):
+            keys = np.stack([pages[page, head // group, 0, offset] for page, offset in where])
+            values = np.stack([pages[page, head // group, 1, offset] for page, offset in where])
+            scores = keys @ inputs.queries[row, head].astype(np.float64) * case.head_dim**-0.5
+            if case.logit_soft_cap is not None:
+                scores = case.logit_soft_cap * np.tanh(scores / case.logit_soft_cap)
+            weights = np.exp(scores - scores.max())
+            outputs[row, head] = weights @ values / weights.sum()
+    return outputs, pages
+
+
+@pytest.mark.parametrize("backend", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", BY_NAME)
+def test_case(name: str, backend: str) -> None:
+    case = BY_NAME[name]
+    inputs = build(case)
+    outputs, kv_pages = run(case, inputs, backend)
+    wanted, wanted_pages = expected(case, inputs)
+    rows = [row for _, _, row in inputs.rows]
+    np.testing.assert_allclose(outputs[rows], wanted[rows], atol=3e-6, rtol=3e-6)
+    np.testing.assert_array_equal(kv_pages, wanted_pages.astype(np.float32))
+    assert np.isfinite(outputs).all(), "padding rows must stay finite"
+
+
+@pytest.mark.parametrize("name", ["mixed", "verify_mixed", "window_across_blocks"])
+def test_bfloat16_stays_near_float32(name: str) -> None:
+    case = BY_NAME[name]
+    inputs = build(case)
+    half = [
+        jnp.asarray(array, jnp.bfloat16)
+        for array in (inputs.queries, inputs.keys, inputs.values, inputs.kv_pages)
+    ]
+    outputs, kv_pages = ragged_paged_attention(
+        *half, inputs.batch, scale=case.head_dim**-0.5, sliding_window=case.sliding_window
+    )
+    assert outputs.dtype == kv_pages.dtype == jnp.bfloat16
+    wanted, _ = expected(case, inputs)
+    rows = [row for _, _, row in inputs.rows]
+    np.testing.assert_allclose(
+        np.asarray(outputs, np.float32)[rows], wanted[rows], atol=0.05, rtol=0.05
+    )
+
+
+def test_pages_are_written_in_place() -> None:
+    inputs = build(BY_NAME["mixed"])
+    operation = jax.jit(functools.partial(ragged_paged_attention, scale=1.0), donate_argnums=3)
+    memory = (
+        operation.lower(inputs.queries, inputs.keys, inputs.values, inputs.kv_pages, inputs.batch)
+        .compile()
+        .memory_analysis()
+    )
+    assert memory.alias_size_in_bytes == inputs.kv_pages.nbytes
+
+
+def test_shapes_are_checked() -> None:
+    inputs = build(BY_NAME["mixed"])
+    arrays = (inputs.queries, inputs.keys, inputs.values, inputs.kv_pages)
+
+    def refused(match: str, *changed: np.ndarray, **options: float) -> None:
+        with pytest.raises(ValueError, match=match):
+            ragged_paged_attention(*changed, inputs.batch, scale=1.0, **options)  # type: ignore[arg-type]
+
+    refused("kv_pages", *arrays[:3], inputs.kv_pages[:, :, :1])
+    refused("keys", arrays[0], arrays[1][:-1], *arrays[2:])
+    refused("no multiple", arrays[0][:, :8], *arrays[1:])
+    refused("rows", *(array[:-1] for array in arrays[:3]), arrays[3])
+    refused("sliding_window", *arrays, sliding_window=0)
+
+
+def test_dispatch_takes_the_first_that_does_not_decline() -> None:
+    def declines() -> str:
+        raise NotImplementedError("only on Tuesdays")
+
+    assert dispatch("op", {"never": declines, "always": lambda: "done"}, None) == "done"
+    with pytest.raises(NotImplementedError, match="never: only on Tuesdays"):
+        dispatch("op", {"never": declines}, None)
+    with pytest.raises(ValueError, match="no backend 'gpu'"):
+        dispatch("op", {"never": declines}, "gpu")
+
+
+def test_tiles_are_pytrees_with_static_rows() -> None:
+    tiles = build(BY_NAME["mixed"]).batch.chunks
+    leaves, tree = jax.tree.flatten(tiles)
+    assert len(leaves) == 3
+    again = jax.tree.unflatten(tree, leaves)
+    assert isinstance(again, QueryTiles)
+    assert again.rows == tiles.rows
+    assert isinstance(build(BY_NAME["mixed"]).batch, RaggedBatch)
