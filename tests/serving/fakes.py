@@ -28,9 +28,10 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [256] * add_special_tokens + list(text.encode())
 
-    def decode(self, ids: Sequence[int], skip_control_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], skip_control_tokens: bool = True) -> str:
         pieces = [
-            bytes((i,)) if i < 256 else b"" if skip_control_tokens else b"<%d>" % i for i in ids
+            bytes((i,)) if i < 256 else b"" if skip_control_tokens else b"<%d>" % i
+            for i in token_ids
         ]
         return b"".join(pieces).decode(errors="replace")
 
