@@ -309,8 +309,8 @@ class EngineLoop:
         self._tell(self._end, failure)
 
     def _turn_until_stopped(self) -> None:
-        # The streams that the engine works for. A late output or abort of an old request is
-        # told from a new one with the same id by the stream's identity.
+        # The streams that the engine works for. An id is given to a new request only behind the
+        # old one's abort in the inbox, so what is here under an id is what an abort is for.
         active: dict[str, RequestStream] = {}
         is_stopping = False
         while not is_stopping:
@@ -320,8 +320,7 @@ class EngineLoop:
                     case _Add(stream):
                         self._add(stream, active, delivery)
                     case _Abort(stream):
-                        if active.get(stream.request.request_id) is stream:
-                            del active[stream.request.request_id]
+                        if active.pop(stream.request.request_id, None) is not None:
                             self._engine.abort(stream.request.request_id)
                     case _Stop():
                         for request_id in active:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1._async import HealthServicer  # "health.aio", as its types name it
 from grpc_reflection.v1alpha import reflection
 
 from serving.loop import EngineLoop

@@ -80,14 +80,16 @@ class _Running:
 class FakeEngine:
     """One token a step for every request; ``eos_after`` tokens end in an end-of-sequence token.
 
-    ``step_seconds`` is how long a step takes. ``fail_after_steps`` is the step that raises.
-    ``gate``, when cleared, stops steps from ending. ``lost`` are ids that it forgets at once.
+    ``step_seconds`` is how long a step takes, ``fail_after_steps`` is the step that raises. A
+    request for ``endless_at`` tokens runs until it is aborted. ``gate``, when cleared, stops steps
+    from ending. ``lost`` are ids that it forgets at once.
     """
 
     eos_after: int | None = None
     step_seconds: float = 0.0
     fail_after_steps: int | None = None
     num_cached_tokens: int = 0
+    endless_at: int | None = None
     lost: tuple[str, ...] = ()
     gate: threading.Event = field(default_factory=threading.Event)
     num_steps: int = 0
@@ -149,7 +151,7 @@ class FakeEngine:
         reason = None
         if i == self.eos_after and not request.ignore_eos:
             token_id, reason = EOS, FinishReason.STOP
-        elif i + 1 == request.max_tokens:
+        elif i + 1 == request.max_tokens != self.endless_at:
             reason = FinishReason.LENGTH
         running.num_output_tokens += 1
         self._totals[1] += 1

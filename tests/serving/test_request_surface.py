@@ -17,6 +17,9 @@ from tests.serving.running import running_server, until
 OK = grpc.StatusCode.OK
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
+# A request that only its cancellation ends.
+ENDLESS = 300
+
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 int32 = st.integers(-(1 << 31), (1 << 31) - 1)
 uint32 = st.integers(0, (1 << 32) - 1)
@@ -37,51 +40,60 @@ served_sampling = st.builds(
     max_tokens=optional(st.integers(1, 40)),
     ignore_eos=optional(st.booleans()),
 )
-any_sampling = st.builds(
+wild_sampling = st.builds(
     pb.SamplingParams,
     temperature=optional(number),
     top_k=optional(int32),
     top_p=optional(number),
+    seed=optional(st.integers(0, (1 << 64) - 1)),
+    max_tokens=optional(int32 | small),
+    ignore_eos=optional(st.booleans()),
+)
+refused_sampling = st.builds(
+    pb.SamplingParams,
     min_p=optional(number),
     repetition_penalty=optional(number),
     logit_bias=st.dictionaries(uint32, number, max_size=1),
-    seed=optional(st.integers(0, (1 << 64) - 1)),
     structured_output=optional(st.builds(pb.StructuredOutput, regex=text)),
-    max_tokens=optional(int32 | small),
     min_tokens=optional(int32),
     stop=st.lists(text, max_size=1),
-    ignore_eos=optional(st.booleans()),
     n=optional(int32),
     logprobs=optional(int32),
 )
-chat = st.builds(
-    pb.Chat,
-    messages=st.lists(
-        st.builds(pb.ChatMessage, role=text | st.sampled_from(("user", "system")), content=text),
-        max_size=3,
-    ),
-)
-token_ids = st.builds(pb.TokenIds, ids=st.lists(uint32 | st.integers(0, 257), max_size=20))
-prompt = st.one_of(
-    st.builds(pb.GenerateRequest, text=text),
-    st.builds(pb.GenerateRequest, token_ids=token_ids),
-    st.builds(pb.GenerateRequest, chat=chat),
-    st.just(pb.GenerateRequest()),
-)
+request_id = st.text("abc", min_size=1, max_size=2)
+
+
+def prompts(
+    role: st.SearchStrategy[str], token_id: st.SearchStrategy[int], min_size: int
+) -> st.SearchStrategy[pb.GenerateRequest]:
+    """Prompts of every form; ``min_size`` messages or token ids at least."""
+    message = st.builds(pb.ChatMessage, role=role, content=text)
+    messages = st.lists(message, min_size=min_size, max_size=3)
+    token_ids = st.lists(token_id, min_size=min_size, max_size=20)
+    return st.one_of(
+        st.builds(pb.GenerateRequest, text=text),
+        st.builds(pb.GenerateRequest, token_ids=st.builds(pb.TokenIds, ids=token_ids)),
+        st.builds(pb.GenerateRequest, chat=st.builds(pb.Chat, messages=messages)),
+    )
+
+
+prompt = prompts(st.sampled_from(("system", "user")), st.integers(0, 254), 1)
+wild_prompt = prompts(text, uint32, 0) | st.just(pb.GenerateRequest())
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> pb.GenerateRequest:
+    # Mostly requests that can be served, so that cancelling and finishing are tried too.
+    kind = draw(st.sampled_from(("served",) * 6 + ("wild", "wild", "refused", "newer")))
+    sampling = {"wild": wild_sampling, "refused": refused_sampling}.get(kind, served_sampling)
     request = pb.GenerateRequest(
-        request_id=draw(optional(text)),
-        sampling=draw(optional(served_sampling | any_sampling)),
+        request_id=draw(optional(text if kind == "wild" else request_id)),
+        sampling=draw(sampling),
         stream=draw(optional(st.booleans())),
-        add_special_tokens=draw(optional(st.booleans())),
-        priority=draw(optional(int32) if draw(small) == 0 else st.none()),
+        add_special_tokens=draw(st.none() if kind == "served" else optional(st.booleans())),
     )
-    request.MergeFrom(draw(prompt))
-    # Fields of a newer schema, or a message that another one was mistaken for.
-    if draw(small) == 0:
+    request.MergeFrom(draw(wild_prompt if kind == "wild" else prompt))
+    if kind == "newer":
         request.MergeFromString(b"\x80\x7d\x01")
     return request
 
@@ -89,7 +101,7 @@ def requests(draw: st.DrawFn) -> pb.GenerateRequest:
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[asyncio.Runner, str, FakeEngine]]:
     """One server for all examples; its asyncio loop runs while an example runs."""
-    engine = FakeEngine(eos_after=25)
+    engine = FakeEngine(eos_after=25, endless_at=ENDLESS)
     with asyncio.Runner() as runner:
         context = running_server(engine)
         target, _ = runner.run(context.__aenter__())
@@ -104,7 +116,7 @@ def server() -> Iterator[tuple[asyncio.Runner, str, FakeEngine]]:
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-@given(st.lists(st.tuples(requests(), st.none() | st.integers(0, 5)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(requests(), st.none() | st.integers(0, 20)), min_size=1, max_size=3))
 def test_any_request_is_answered_or_refused_and_no_page_is_lost(
     server: tuple[asyncio.Runner, str, FakeEngine],
     calls: list[tuple[pb.GenerateRequest, int | None]],
@@ -114,13 +126,15 @@ def test_any_request_is_answered_or_refused_and_no_page_is_lost(
     async def call(
         stub: inference_pb2_grpc.InferenceStub, request: pb.GenerateRequest, cancel: int | None
     ) -> None:
+        if cancel is not None:
+            request.sampling.MergeFrom(pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True))
         stream = stub.Generate(request, timeout=20)
+        if cancel is not None:
+            asyncio.get_running_loop().call_later(cancel / 1000, stream.cancel)
         events: list[str | None] = []
         with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-            async for response in stream:
+            while isinstance(response := await stream.read(), pb.GenerateResponse):
                 events.append(response.WhichOneof("event"))
-                if len(events) == cancel:
-                    stream.cancel()
         code = await stream.code()
         if code is OK:
             assert events[0] == "started"
