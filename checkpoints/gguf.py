@@ -83,7 +83,9 @@ class GGUFCheckpoint:
         data = self._file.tensor_bytes(gguf_name)
         tensor_type = self._file.tensors[gguf_name].type
         shape = self._shapes[name]
-        if name == "embed_tokens" or len(shape) == 1:
+        # A tied embedding is wanted as the head that it also is.
+        is_lookup = name == "embed_tokens" and not self.model.tie_word_embeddings
+        if is_lookup or len(shape) == 1:
             return dequantize_rows(data, tensor_type).reshape(shape)
         if name.endswith((".q", ".k")):
             data = _unpermute_rows(data, self.model.head_dim)

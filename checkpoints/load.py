@@ -73,9 +73,9 @@ def load_parameters(
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
     ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``. With
-    R = H // G, its paths are ``embed_tokens [V, E]``, ``norm [E]``, ``lm_head [E, V]`` unless
-    tied, and in ``layers``, i: ``input_norm [E]``, ``qkv [E, G, R + 2, D]`` (of each kv head its
-    R query heads, its key head, its value head), ``o_proj [G, R, D, E]``,
+    R = H // G, its paths are ``lm_head [E, V]``, ``embed_tokens [V, E]`` unless tied to the head,
+    ``norm [E]``, and in ``layers``, i: ``input_norm [E]``, ``qkv [E, G, R + 2, D]`` (of each kv
+    head its R query heads, its key head, its value head), ``o_proj [G, R, D, E]``,
     ``post_attention_norm [E]``, ``gate_up [E, 2, F]``, ``down_proj [F, E]``.
 
     ``progress(done, total)`` is called in this thread after each parameter. The host holds the
@@ -106,11 +106,11 @@ def parameter_shapes(model: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]
     groups = model.num_key_value_heads
     queries = model.num_attention_heads // groups
     shapes: dict[ParameterPath, tuple[int, ...]] = {
-        ("embed_tokens",): (model.vocab_size, embed),
+        ("lm_head",): (embed, model.vocab_size),
         ("norm",): (embed,),
     }
     if not model.tie_word_embeddings:
-        shapes["lm_head",] = (embed, model.vocab_size)
+        shapes["embed_tokens",] = (model.vocab_size, embed)
     for layer in range(model.num_hidden_layers):
         for name, shape in {
             "input_norm": (embed,),
@@ -182,7 +182,8 @@ def _assemble(
         out[:, 1] = checkpoint.tensor(layer + "up").T
         return out
     if part == "lm_head":
-        array = checkpoint.tensor(name).T
+        tied = checkpoint.model.tie_word_embeddings
+        array = checkpoint.tensor("embed_tokens" if tied else name).T
     elif part in ("o_proj", "down_proj"):
         array = checkpoint.tensor(name.removesuffix("_proj")).T
     else:

@@ -1,5 +1,7 @@
 """The engine: requests in, tokens out. The one place where host scheduling meets device state."""
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -41,6 +43,9 @@ class Engine:
         self._shapes = batch_shapes(config)
         self._programs: dict[tuple[Any, BatchShape], Any] = {}
         self._scheduler = Scheduler(config)
+        # Of requests that live: when they were added, and how long they waited for a first step.
+        self._added_times: dict[str, float] = {}
+        self._queue_seconds: dict[str, float] = {}
         self._parameters: Parameters | None = None
         self._state: step_program.StepState | None = None
 
@@ -90,20 +95,26 @@ class Engine:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
         request.check_fits(self.model.vocab_size, self.config.max_model_len)
         self._scheduler.add(request)
+        self._added_times[request.request_id] = time.perf_counter()
 
     def abort(self, request_id: str) -> None:
         """Forgets a request and frees its pages; unknown and finished ids are ignored."""
         self._scheduler.abort(request_id)
+        self._forget(request_id)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step and returns what it yielded; [] when there is nothing to do."""
         schedule = self._scheduler.schedule()
         if not schedule:
             return []
+        now = time.perf_counter()
+        for chunk in schedule.chunks:
+            added = self._added_times[chunk.request_id]
+            self._queue_seconds.setdefault(chunk.request_id, now - added)
         sampled, rows = self._dispatch(schedule)
         token_ids = np.asarray(sampled)
         output = StepOutput(tuple((name, (int(token_ids[row]),)) for name, row in rows.items()))
-        return self._scheduler.update(schedule, output)
+        return [self._timed(output) for output in self._scheduler.update(schedule, output)]
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
         """Negative log-likelihood in nats of tokens 1, 2, ... given all before: [n - 1] float32.
@@ -133,6 +144,16 @@ class Engine:
             )
             losses.append(np.asarray(step_losses).reshape(-1)[: len(following)])
         return np.concatenate(losses)
+
+    def _timed(self, output: RequestOutput) -> RequestOutput:
+        queue_seconds = self._queue_seconds[output.request_id]
+        if output.finish_reason:
+            self._forget(output.request_id)
+        return dataclasses.replace(output, queue_seconds=queue_seconds)
+
+    def _forget(self, request_id: str) -> None:
+        self._added_times.pop(request_id, None)
+        self._queue_seconds.pop(request_id, None)
 
     def _scoring_schedule(self, start: int, token_ids: tuple[int, ...]) -> Schedule:
         pages = -(-(start + len(token_ids)) // self.config.page_size)

@@ -1,4 +1,4 @@
-"""The paged KV cache on the device: one array a layer, and what a page costs."""
+"""The paged KV cache on the device, layer by layer, and what a page costs."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.sharding import named_sharding
-from pallas_kernels.ragged_paged_attention import kv_pages_shape
+from pallas_kernels.ragged_paged_attention import KVPages, kv_pages_shapes
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: str) -> int:
@@ -17,12 +17,14 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: str) -> int:
 
 def abstract_kv_pages(
     model: ModelConfig, num_pages: int, page_size: int, dtype: str, mesh: Mesh
-) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """One array a layer, [num_pages, G, 2, page_size, D], split over kv heads."""
-    shape = kv_pages_shape(num_pages, page_size, model.num_key_value_heads, model.head_dim)
+) -> tuple[KVPages, ...]:
+    """Shapes and shardings of every layer's pages, split over kv heads."""
+    shapes = kv_pages_shapes(num_pages, page_size, model.num_key_value_heads, model.head_dim)
     sharding = named_sharding(mesh, (None, "kv_heads"))
-    page = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-    return (page,) * model.num_hidden_layers
+    keys, values = (
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding) for shape in shapes
+    )
+    return ((keys, values),) * model.num_hidden_layers  # type: ignore[return-value]
 
 
 def plan_num_pages(

@@ -71,7 +71,11 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for load reports. ``num_*_tokens`` are totals since start."""
+    """A snapshot for load reports. ``num_*_tokens`` are totals since start.
+
+    ``num_prompt_tokens`` are counted when a request's first token is out, ``num_chunk_tokens`` when
+    they are scheduled: prompts, and outputs computed again after preemption.
+    """
 
     num_running: int
     num_waiting: int
@@ -80,3 +84,4 @@ class EngineStats:
     num_prompt_tokens: int
     num_output_tokens: int
     num_preemptions: int
+    num_chunk_tokens: int = 0

@@ -59,6 +59,7 @@ class Scheduler:
         self._arrivals = count()
         self._admissions = count()
         self._num_prompt_tokens = 0
+        self._num_chunk_tokens = 0
         self._num_output_tokens = 0
         self._num_preemptions = 0
 
@@ -76,6 +77,7 @@ class Scheduler:
             num_pages=self.page_pool.num_pages,
             num_free_pages=self.page_pool.num_free,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_chunk_tokens=self._num_chunk_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._num_preemptions,
         )
@@ -114,6 +116,7 @@ class Scheduler:
                 chunks[sequence] = num_new_tokens
                 num_tiles -= -(-num_new_tokens // self.config.chunk_tile)
 
+        self._num_chunk_tokens += sum(chunks.values())
         # Room for a chunk may have been made by preempting a decode of higher rank, planned
         # above, but never a chunk: these are planned in order of rank.
         return Schedule(

@@ -18,7 +18,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.kv_cache import abstract_kv_pages
 from jaxinfer.sampling import SamplingColumns, sample
 from jaxinfer.sharding import named_sharding
-from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch
+from pallas_kernels.ragged_paged_attention import KVPages, QueryTiles, RaggedBatch
 
 Parameters = dict[Any, Any]
 
@@ -28,12 +28,12 @@ Parameters = dict[Any, Any]
 class StepState:
     """Donated device state. L layers, S slots, M = max_model_len.
 
-    ``kv_pages``: one array a layer. ``tokens`` [S, M] int32: known tokens of each slot's sequence.
+    ``kv_pages``: layer by layer. ``tokens`` [S, M] int32: known tokens of each slot's sequence.
     ``lens`` [S] int32: how many of them have their keys and values in the pages; a decode computes
     the token at that position.
     """
 
-    kv_pages: tuple[jax.Array, ...]
+    kv_pages: tuple[KVPages, ...]
     tokens: jax.Array
     lens: jax.Array
 

@@ -33,7 +33,7 @@ class Measured:
     """Times of one run. Seconds since all requests were added."""
 
     seconds: float = 0.0
-    decode_seconds: float = 0.0  # steps without any prompt token
+    decode_seconds: float = 0.0  # of steps without any chunk
     decode_tokens: int = 0
     token_times: dict[str, list[float]] = field(default_factory=dict)
 
@@ -87,11 +87,11 @@ def measure(engine: Engine, prompts: np.ndarray, output_len: int, name: str) -> 
     begun = time.perf_counter()
     with tqdm(total=total, desc=name, unit="tok", file=sys.stderr, disable=None) as bar:
         while engine.has_unfinished:
-            prompt_tokens, step_begun = engine.stats.num_prompt_tokens, time.perf_counter()
+            chunk_tokens, step_begun = engine.stats.num_chunk_tokens, time.perf_counter()
             outputs = engine.step()
             now = time.perf_counter()
             new_tokens = sum(len(output.token_ids) for output in outputs)
-            if engine.stats.num_prompt_tokens == prompt_tokens:
+            if engine.stats.num_chunk_tokens == chunk_tokens:
                 measured.decode_seconds += now - step_begun
                 measured.decode_tokens += new_tokens
             for output in outputs:

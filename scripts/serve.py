@@ -29,6 +29,7 @@ def serve() -> None:
     """Serves until SIGTERM or SIGINT; running requests are finished first."""
     options = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
     phases = Phases(STARTED)
     phases.add("import", time.perf_counter() - STARTED)
     described = ""

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import layers
-from pallas_kernels.ragged_paged_attention import RaggedBatch, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import KVPages, RaggedBatch, ragged_paged_attention
 
 RopeTables = tuple[jax.Array, jax.Array]
 
@@ -46,8 +46,8 @@ class LlamaLayer(nnx.Module):
         self.down_proj = layers.parameter(rngs, (ffn, embed), dtype, ("ffn", "embed"), fan_in=ffn)
 
     def __call__(
-        self, x: jax.Array, rope: RopeTables, kv_pages: jax.Array, batch: RaggedBatch
-    ) -> tuple[jax.Array, jax.Array]:
+        self, x: jax.Array, rope: RopeTables, kv_pages: KVPages, batch: RaggedBatch
+    ) -> tuple[jax.Array, KVPages]:
         """[T, E] -> [T, E] and the pages with this step's keys and values in them."""
         model = self.model
         rows, head_dim = x.shape[0], model.head_dim
@@ -75,31 +75,30 @@ class Llama(nnx.Module):
 
     def __init__(self, model: ModelConfig, dtypes: DtypePolicy, rngs: nnx.Rngs) -> None:
         self.model, self.dtypes = model, dtypes
-        self.embed_tokens = layers.parameter(
-            rngs,
-            (model.vocab_size, model.hidden_size),
-            dtypes.weights,
-            ("vocab", "embed"),
-            fan_in=model.hidden_size,
-        )
         self.layers = nnx.List(
             [LlamaLayer(model, dtypes, rngs) for _ in range(model.num_hidden_layers)]
         )
         self.norm = layers.norm_scale(model.hidden_size)
+        embed, vocab = model.hidden_size, model.vocab_size
+        self.lm_head = layers.parameter(
+            rngs, (embed, vocab), dtypes.weights, ("embed", "vocab"), fan_in=embed
+        )
+        # A tied embedding is the head's columns: the head is read whole in every step and must
+        # lie as its product wants it ([V, E] takes 3.5 times as long on XLA:CPU), rows are few.
         if not model.tie_word_embeddings:
-            self.lm_head = layers.parameter(
-                rngs,
-                (model.hidden_size, model.vocab_size),
-                dtypes.weights,
-                ("embed", "vocab"),
-                fan_in=model.hidden_size,
+            self.embed_tokens = layers.parameter(
+                rngs, (vocab, embed), dtypes.weights, ("vocab", "embed"), fan_in=embed
             )
 
     def __call__(
-        self, token_ids: jax.Array, kv_pages: tuple[jax.Array, ...], batch: RaggedBatch
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, token_ids: jax.Array, kv_pages: tuple[KVPages, ...], batch: RaggedBatch
+    ) -> tuple[jax.Array, tuple[KVPages, ...]]:
         """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included."""
-        x = self.embed_tokens[...][token_ids].astype(self.dtypes.activations)
+        if self.model.tie_word_embeddings:
+            x = self.lm_head[...][:, token_ids].T
+        else:
+            x = self.embed_tokens[...][token_ids]
+        x = x.astype(self.dtypes.activations)
         rope = layers.rope_tables(batch.positions(), self.model)
         written = []
         for layer, pages in zip(self.layers, kv_pages, strict=True):
@@ -109,13 +108,4 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> [R, V] float32."""
-        if self.model.tie_word_embeddings:
-            head, contracted = self.embed_tokens[...], 1
-        else:
-            head, contracted = self.lm_head[...], 0
-        return jax.lax.dot_general(
-            hidden,
-            head,
-            (((1,), (contracted,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        return jnp.dot(hidden, self.lm_head[...], preferred_element_type=jnp.float32)

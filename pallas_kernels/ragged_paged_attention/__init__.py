@@ -12,9 +12,9 @@ import jax
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.ragged_paged_attention import reference, xla
-from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch
+from pallas_kernels.ragged_paged_attention.tiles import KVPages, QueryTiles, RaggedBatch
 
-__all__ = ["IMPLEMENTATIONS", "QueryTiles", "RaggedBatch", "kv_pages_shape"]
+__all__ = ["IMPLEMENTATIONS", "KVPages", "QueryTiles", "RaggedBatch", "kv_pages_shapes"]
 __all__ += ["ragged_paged_attention"]
 
 # The first that does not decline is taken; `reference` is the definition, never the fast path.
@@ -24,41 +24,45 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def kv_pages_shape(
+def kv_pages_shapes(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int
-) -> tuple[int, int, int, int, int]:
-    """Physical shape of one layer's pages: [pages, G, 2 (key, value), page_size, D].
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Shapes of one layer's key pages [pages, G, D, page_size] and value pages [.., page_size, D].
 
-    Kv heads come before tokens, so that a gathered block of pages is one [tokens, D] matrix a head
-    (XLA:CPU: 197 ms against 529 ms for a 512-token prompt with tokens first).
+    Kv heads come before tokens, so that a gathered block is one matrix a head, and keys lie
+    transposed, as the product with queries wants them: see docs/log.md for what else was measured.
     """
-    return (num_pages, num_kv_heads, 2, page_size, head_dim)
+    return (
+        (num_pages, num_kv_heads, head_dim, page_size),
+        (num_pages, num_kv_heads, page_size, head_dim),
+    )
 
 
 def ragged_paged_attention(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: KVPages,
     batch: RaggedBatch,
     *,
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
     backend: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPages]:
     """Writes new keys and values to their pages, then attends causally over each row's sequence.
 
-    ``queries`` [T, H, D], ``keys`` and ``values`` [T, G, D], ``kv_pages`` as ``kv_pages_shape``.
+    ``queries`` [T, H, D], ``keys`` and ``values`` [T, G, D], ``kv_pages`` as ``kv_pages_shapes``.
     With ``sliding_window`` w the row at position i sees positions i-w+1 .. i; ``logit_soft_cap`` c
     replaces a score x by c tanh(x / c). ``backend`` names one of ``IMPLEMENTATIONS``.
     Returns (outputs [T, H, D], kv_pages); donate ``kv_pages`` or they are copied.
     Raises ``ValueError`` for shapes that do not fit together.
     """
     rows, num_heads, head_dim = queries.shape
-    num_pages, num_kv_heads, _, page_size, _ = kv_pages.shape
-    if kv_pages.shape != kv_pages_shape(num_pages, page_size, num_kv_heads, head_dim):
-        raise ValueError(f"kv_pages {kv_pages.shape} do not hold head_dim {head_dim}")
+    shapes = tuple(pages.shape for pages in kv_pages)
+    num_pages, num_kv_heads, page_size, _ = shapes[1]
+    if shapes != kv_pages_shapes(num_pages, page_size, num_kv_heads, head_dim):
+        raise ValueError(f"kv_pages {shapes} do not hold head_dim {head_dim}")
     if keys.shape != (rows, num_kv_heads, head_dim) or values.shape != keys.shape:
         raise ValueError(
             f"keys {keys.shape} and values {values.shape} must be "

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+# A layer's pages: (keys [pages, G, D, page_size], values [pages, G, page_size, D]).
+KVPages = tuple[jax.Array, jax.Array]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

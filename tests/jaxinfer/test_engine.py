@@ -97,6 +97,19 @@ def test_nothing_compiles_after_compile() -> None:
     assert compiled
 
 
+def test_time_in_the_queue_is_reported() -> None:
+    engine = make_engine(tiny_config(max_num_seqs=1))
+    for name in "abc":
+        engine.add(random_request(name, 10, 3, seed=0))
+    waited: dict[str, float | None] = {}
+    while engine.has_unfinished:
+        waited |= {output.request_id: output.queue_seconds for output in engine.step()}
+    a, b, c = (waited[name] or 0.0 for name in "abc")
+    assert 0 < a < b < c
+    assert not engine._added_times
+    assert not engine._queue_seconds
+
+
 def test_at_most_ten_programs() -> None:
     for seqs in (1, 8, 9, 64, 256):
         for tokens in (16, 64, 512, 8192):

@@ -16,7 +16,10 @@ CPU_DTYPES = DtypePolicy.for_platform("cpu")
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
-    """Two layers, 3 query heads a kv head, a vocabulary of 96."""
+    """Two layers, 3 query heads a kv head, a vocabulary of 96.
+
+    Not tied: a random model with tied embeddings only ever repeats its input.
+    """
     values: dict[str, Any] = {
         "architecture": "llama",
         "vocab_size": 96,
@@ -47,14 +50,10 @@ def tiny_config(**changes: Any) -> EngineConfig:
 
 
 def random_parameters(model: ModelConfig, seed: int = 0) -> dict[Any, Any]:
-    """Parameters drawn by the model's own declarations; untied heads widened for clear logits.
-
-    (A random model with tied embeddings only ever repeats its input.)
-    """
+    """Parameters drawn by the model's own declarations, the head widened for clear logits."""
     state = nnx.state(models.build(model, CPU_DTYPES, nnx.Rngs(seed)))
     parameters = nnx.to_pure_dict(state)
-    if "lm_head" in parameters:
-        parameters["lm_head"] = parameters["lm_head"] * 3
+    parameters["lm_head"] = parameters["lm_head"] * 3
     return parameters
 
 

@@ -1,11 +1,13 @@
 """The one list of named cases that every attention backend must pass, and how to build one."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch, kv_pages_shape
+from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch, kv_pages_shapes
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,20 @@ class AttentionInputs:
     queries: np.ndarray
     keys: np.ndarray
     values: np.ndarray
-    kv_pages: np.ndarray
+    key_pages: np.ndarray
+    value_pages: np.ndarray
     batch: RaggedBatch
     rows: tuple[tuple[int, int, int], ...]
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any, tuple[Any, Any]]:
+        """Queries, keys, values and pages, as the operation takes them."""
+        return self.queries, self.keys, self.values, (self.key_pages, self.value_pages)
+
+    @property
+    def half_arrays(self) -> tuple[Any, Any, Any, tuple[Any, Any]]:
+        """The same in bfloat16."""
+        return jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), self.arrays)
 
 
 def build(case: AttentionCase, seed: int = 0) -> AttentionInputs:
@@ -113,13 +126,15 @@ def build(case: AttentionCase, seed: int = 0) -> AttentionInputs:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)
 
+    key_shape, value_shape = kv_pages_shapes(
+        num_pages, case.page_size, case.num_kv_heads, case.head_dim
+    )
     return AttentionInputs(
         queries=normal(row, case.num_heads, case.head_dim),
         keys=normal(row, case.num_kv_heads, case.head_dim),
         values=normal(row, case.num_kv_heads, case.head_dim),
-        kv_pages=normal(
-            *kv_pages_shape(num_pages, case.page_size, case.num_kv_heads, case.head_dim)
-        ),
+        key_pages=normal(*key_shape),
+        value_pages=normal(*value_shape),
         batch=RaggedBatch(
             page_table=jnp.asarray(page_table),
             decodes=_tiles(decodes, case.decode_rows),

@@ -1,6 +1,7 @@
 """Every backend against loops over plain NumPy arrays, case by case."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,34 +28,33 @@ def run(case: AttentionCase, inputs: AttentionInputs, backend: str) -> tuple[np.
         logit_soft_cap=case.logit_soft_cap,
         backend=backend,
     )
-    outputs, kv_pages = jax.jit(operation)(
-        inputs.queries, inputs.keys, inputs.values, inputs.kv_pages, inputs.batch
-    )
-    return np.asarray(outputs), np.asarray(kv_pages)
+    outputs, kv_pages = jax.jit(operation)(*inputs.arrays, inputs.batch)
+    return np.asarray(outputs), *(np.asarray(pages) for pages in kv_pages)
 
 
-def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
+def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, ...]:
     """Attention as loops over rows and heads in float64, written without any of our code."""
     table, size = np.asarray(inputs.batch.page_table), case.page_size
-    pages = inputs.kv_pages.astype(np.float64)
+    key_pages = inputs.key_pages.astype(np.float64)
+    value_pages = inputs.value_pages.astype(np.float64)
     for sequence, position, row in inputs.rows:
         page = table[sequence, position // size]
-        pages[page, :, 0, position % size] = inputs.keys[row]
-        pages[page, :, 1, position % size] = inputs.values[row]
+        key_pages[page, :, :, position % size] = inputs.keys[row]
+        value_pages[page, :, position % size] = inputs.values[row]
     outputs = np.zeros(inputs.queries.shape)
     group = case.num_heads // case.num_kv_heads
     for sequence, position, row in inputs.rows:
         low = 0 if case.sliding_window is None else max(0, position - case.sliding_window + 1)
         where = [(table[sequence, p // size], p % size) for p in range(low, position + 1)]
         for head in range(case.num_heads):
-            keys = np.stack([pages[page, head // group, 0, offset] for page, offset in where])
-            values = np.stack([pages[page, head // group, 1, offset] for page, offset in where])
+            keys = np.stack([key_pages[page, head // group, :, offset] for page, offset in where])
+            values = np.stack([value_pages[page, head // group, offset] for page, offset in where])
             scores = keys @ inputs.queries[row, head].astype(np.float64) * case.head_dim**-0.5
             if case.logit_soft_cap is not None:
                 scores = case.logit_soft_cap * np.tanh(scores / case.logit_soft_cap)
             weights = np.exp(scores - scores.max())
             outputs[row, head] = weights @ values / weights.sum()
-    return outputs, pages
+    return outputs, key_pages, value_pages
 
 
 @pytest.mark.parametrize("backend", sorted(IMPLEMENTATIONS))
@@ -62,11 +62,12 @@ def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, 
 def test_case(name: str, backend: str) -> None:
     case = BY_NAME[name]
     inputs = build(case)
-    outputs, kv_pages = run(case, inputs, backend)
-    wanted, wanted_pages = expected(case, inputs)
+    outputs, *pages = run(case, inputs, backend)
+    wanted, *wanted_pages = expected(case, inputs)
     rows = [row for _, _, row in inputs.rows]
     np.testing.assert_allclose(outputs[rows], wanted[rows], atol=3e-6, rtol=3e-6)
-    np.testing.assert_array_equal(kv_pages, wanted_pages.astype(np.float32))
+    for ours, theirs in zip(pages, wanted_pages, strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(np.float32))
     assert np.isfinite(outputs).all(), "padding rows must stay finite"
 
 
@@ -74,21 +75,14 @@ def test_case(name: str, backend: str) -> None:
 def test_bfloat16_stays_near_float32(name: str) -> None:
     case = BY_NAME[name]
     inputs = build(case)
-    queries, keys, values, pages = (
-        jnp.asarray(array, jnp.bfloat16)
-        for array in (inputs.queries, inputs.keys, inputs.values, inputs.kv_pages)
-    )
     outputs, kv_pages = ragged_paged_attention(
-        queries,
-        keys,
-        values,
-        pages,
+        *inputs.half_arrays,
         inputs.batch,
         scale=case.head_dim**-0.5,
         sliding_window=case.sliding_window,
     )
-    assert outputs.dtype == kv_pages.dtype == jnp.bfloat16
-    wanted, _ = expected(case, inputs)
+    assert outputs.dtype == kv_pages[0].dtype == jnp.bfloat16
+    wanted, *_ = expected(case, inputs)
     rows = [row for _, _, row in inputs.rows]
     np.testing.assert_allclose(
         np.asarray(outputs, np.float32)[rows], wanted[rows], atol=0.05, rtol=0.05
@@ -98,27 +92,24 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
 def test_pages_are_written_in_place() -> None:
     inputs = build(BY_NAME["mixed"])
     operation = jax.jit(functools.partial(ragged_paged_attention, scale=1.0), donate_argnums=3)
-    memory = (
-        operation.lower(inputs.queries, inputs.keys, inputs.values, inputs.kv_pages, inputs.batch)
-        .compile()
-        .memory_analysis()
-    )
+    memory = operation.lower(*inputs.arrays, inputs.batch).compile().memory_analysis()
     assert memory is not None
-    assert memory.alias_size_in_bytes == inputs.kv_pages.nbytes
+    assert memory.alias_size_in_bytes == inputs.key_pages.nbytes + inputs.value_pages.nbytes
 
 
 def test_shapes_are_checked() -> None:
     inputs = build(BY_NAME["mixed"])
-    arrays = (inputs.queries, inputs.keys, inputs.values, inputs.kv_pages)
+    arrays = inputs.arrays
+    pages = arrays[3]
 
-    def refused(match: str, *changed: np.ndarray, **options: float) -> None:
+    def refused(match: str, *changed: Any, **options: Any) -> None:
         with pytest.raises(ValueError, match=match):
-            ragged_paged_attention(*changed, inputs.batch, scale=1.0, **options)  # type: ignore[arg-type]
+            functools.partial(ragged_paged_attention, *changed)(inputs.batch, scale=1.0, **options)
 
-    refused("kv_pages", *arrays[:3], inputs.kv_pages[:, :, :1])
+    refused("kv_pages", *arrays[:3], (pages[0][:, :, :1], pages[1]))
     refused("keys", arrays[0], arrays[1][:-1], *arrays[2:])
     refused("no multiple", arrays[0][:, :8], *arrays[1:])
-    refused("rows", *(array[:-1] for array in arrays[:3]), arrays[3])
+    refused("rows", *(array[:-1] for array in arrays[:3]), pages)
     refused("sliding_window", *arrays, sliding_window=0)
 
 

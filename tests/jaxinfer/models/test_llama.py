@@ -122,6 +122,7 @@ def test_parameters_declare_what_the_platform_asks_for() -> None:
     assert layer["o_proj"].sharding.spec == P("tensor", None, None, None)
     assert layer["gate_up"].sharding.spec == P(None, None, "tensor")
     assert placed["embed_tokens"].sharding.spec == P("tensor", None)
+    assert placed["lm_head"].sharding.spec == P(None, "tensor")
 
 
 @functools.cache
