@@ -65,8 +65,12 @@ class ByteDetokenizer:
 
 def expected_token_ids(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> list[int]:
     """What ``FakeEngine`` generates: lower-case letters, a function of prompt, seed, position."""
-    start = sum(prompt) + 7 * seed
-    return [97 + (start + 3 * i) % 26 for i in range(num_tokens)]
+    return [expected_token_id(prompt, i, seed) for i in range(num_tokens)]
+
+
+def expected_token_id(prompt: Sequence[int], i: int, seed: int = 0) -> int:
+    """The i-th of them."""
+    return 97 + (sum(prompt) + 7 * seed + 3 * i) % 26
 
 
 @dataclass
@@ -147,7 +151,7 @@ class FakeEngine:
 
     def _advance(self, running: _Running) -> RequestOutput:
         request, i = running.request, running.num_output_tokens
-        token_id = expected_token_ids(request.prompt_token_ids, i + 1, request.sampling.seed)[-1]
+        token_id = expected_token_id(request.prompt_token_ids, i, request.sampling.seed)
         reason = None
         if i == self.eos_after and not request.ignore_eos:
             token_id, reason = EOS, FinishReason.STOP
