@@ -64,10 +64,8 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
             f"model {model!r} is neither a file nor a known name; known are "
             f"{', '.join(sorted(CATALOG))}"
         )
-    source = CATALOG[model]
-    folder = cache_folder()
-    # The checksum in the name: a catalog that changes never finds the file of another version.
-    path = folder / f"{model}-{source.sha256[:12]}.gguf"
+    source, path = CATALOG[model], _cached_path(model)
+    folder = path.parent
     if _is_complete(path, source):
         return path
     try:
@@ -80,12 +78,22 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     return path
 
 
+def is_cached(name: str) -> bool:
+    """Returns whether a name of the catalog needs no fetching."""
+    return _is_complete(_cached_path(name), CATALOG[name])
+
+
 def cache_folder() -> Path:
     """Returns the folder of fetched models, ``jaxinfer/models`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says to ignore relative paths.
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "jaxinfer" / "models"
+
+
+def _cached_path(name: str) -> Path:
+    # The checksum in the name: a catalog that changes never finds the file of another version.
+    return cache_folder() / f"{name}-{CATALOG[name].sha256[:12]}.gguf"
 
 
 def _is_complete(path: Path, source: Source) -> bool:
