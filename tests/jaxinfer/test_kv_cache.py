@@ -1,0 +1,27 @@
+"""What a page costs, and how many fit."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kv_cache import abstract_kv_pages, page_bytes, plan_num_pages
+from jaxinfer.sharding import make_mesh
+from tests.jaxinfer.tiny import tiny_model
+
+
+def test_page_bytes_are_those_of_the_arrays() -> None:
+    model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
+    for dtype in ("float32", "bfloat16"):
+        layers = abstract_kv_pages(model, 10, 16, dtype, mesh)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+        assert total == 10 * page_bytes(model, 16, dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(layers)} == {jnp.dtype(dtype)}
+        assert len(layers) == model.num_hidden_layers
+
+
+def test_no_more_pages_than_memory_or_use() -> None:
+    model = tiny_model()
+    size = page_bytes(model, 16, "float32")
+    plan = {"model": model, "page_size": 16, "dtype": "float32"}
+    assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10 * size) == 10
+    assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10**12) == 28
+    assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=size - 1) == 0
