@@ -148,6 +148,9 @@ class EngineConfig:
                 raise ValueError(
                     f"{name} must be between {low} and {high}, got {getattr(self, name)}"
                 )
+        # A block of KV tokens is a whole number of pages, the same number of tokens for all sizes.
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two, got {self.page_size}")
         if self.num_pages * self.page_size < self.max_model_len:
             raise ValueError(
                 f"the KV cache holds {self.num_pages * self.page_size} tokens, fewer than "

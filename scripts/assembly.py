@@ -124,8 +124,11 @@ def engine_config(
         raise ValueError(
             f"--max-model-len {options.max_model_len} is more than the model's context ({context})"
         )
-    max_model_len = options.max_model_len or min(context, DEFAULT_MAX_MODEL_LEN)
-    page_size = options.page_size or {"cpu": 16, "gpu": 64}.get(device.platform, 128)
+    max_model_len, page_size = options.max_model_len, options.page_size
+    if max_model_len is None:
+        max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
+    if page_size is None:
+        page_size = {"cpu": 16, "gpu": 64}.get(device.platform, 128)
     # Checks the sizes themselves before memory is planned with them.
     EngineConfig(
         max_num_seqs=options.max_num_seqs,
@@ -134,7 +137,9 @@ def engine_config(
         page_size=page_size,
         num_pages=1 << 24,
     )
-    memory = options.kv_memory or default_kv_bytes(device, model, dtypes)
+    memory = options.kv_memory
+    if memory is None:
+        memory = default_kv_bytes(device, model, dtypes)
     num_pages = plan_num_pages(
         model, page_size, dtypes.kv_cache, options.max_num_seqs, max_model_len, memory
     )

@@ -4,28 +4,28 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import platform  # noqa: E402
-import resource  # noqa: E402
-import sys  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from datetime import UTC, datetime  # noqa: E402
-from importlib import metadata  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from jaxinfer.engine import Engine  # noqa: E402
-from jaxinfer.request import Request  # noqa: E402
-from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main  # noqa: E402
-from scripts.phases import Phases  # noqa: E402
+from jaxinfer.engine import Engine
+from jaxinfer.request import Request
+from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
+from scripts.phases import Phases
 
 
 @dataclass

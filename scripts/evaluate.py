@@ -4,20 +4,20 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main  # noqa: E402
-from scripts.phases import Phases  # noqa: E402
+from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
+from scripts.phases import Phases
 
 MAX_TEXT_BYTES = 256 << 20
 
@@ -33,7 +33,10 @@ def evaluate() -> None:
     size = Path(options.text).stat().st_size
     if size > MAX_TEXT_BYTES:
         raise ValueError(f"{options.text} has {size} bytes, more than {MAX_TEXT_BYTES}")
-    text = Path(options.text).read_text(encoding="utf-8")
+    try:
+        text = Path(options.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.text} is not UTF-8: {error}") from error
     phases = Phases(STARTED, quiet=options.json)
     phases.add("import", time.perf_counter() - STARTED)
     loaded = load_model(options, phases, compile_steps=False)

@@ -4,24 +4,24 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import secrets  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, TextIO  # noqa: E402
+import argparse
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams  # noqa: E402
-from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main  # noqa: E402
-from scripts.phases import Phases  # noqa: E402
-from serving.tokenizer import Detokenizer, Tokenizer  # noqa: E402
+from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
+from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
+from scripts.phases import Phases
+from serving.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 INPUT_KINDS = ("prompt", "messages", "token_ids")

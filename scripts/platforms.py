@@ -28,11 +28,13 @@ def add_platform_options(parser: argparse.ArgumentParser) -> None:
 def pick_devices(options: argparse.Namespace) -> list[Device]:
     """The devices of the wanted platform. Raises ``ValueError`` in one line when there are none."""
     if options.cpu:
-        return _devices("cpu", "")
+        # Must come before JAX looks for devices; it then leaves accelerators alone.
+        jax.config.update("jax_platforms", "cpu")
+        return jax.devices("cpu")
     if options.gpu:
-        return _devices("cuda", "a machine with an NVIDIA driver and pip install jaxinfer[gpu]")
+        return _accelerators("cuda", "--gpu", "an NVIDIA driver and make setup EXTRAS=gpu")
     if options.tpu:
-        devices = _devices("tpu", "a TPU VM and pip install jaxinfer[tpu]")
+        devices = _accelerators("tpu", f"--tpu {options.tpu}", "a TPU VM and make setup EXTRAS=tpu")
         kind = devices[0].device_kind
         if kind not in TPU_DEVICE_KINDS[options.tpu]:
             raise ValueError(f"--tpu {options.tpu}: this machine has {len(devices)} x {kind}")
@@ -40,14 +42,11 @@ def pick_devices(options: argparse.Namespace) -> list[Device]:
     return jax.devices()
 
 
-def _devices(platform: str, needed: str) -> list[Device]:
-    jax.config.update("jax_platforms", platform)
+def _accelerators(platform: str, flag: str, needed: str) -> list[Device]:
     try:
         return jax.devices(platform)
     except RuntimeError as error:
-        jax.config.update("jax_platforms", "cpu")
         found = jax.devices()
-        flag = {"cuda": "--gpu", "tpu": "--tpu"}.get(platform, "--cpu")
         raise ValueError(
             f"{flag}: no {platform} device; found {len(found)} x {found[0].device_kind}. "
             f"It needs {needed}; without one use --cpu"

@@ -4,20 +4,20 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
-import logging  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.assembly import add_engine_options, load_model, run_main  # noqa: E402
-from scripts.phases import Phases  # noqa: E402
-from serving.served_model import ServedModel  # noqa: E402
-from serving.server import LoadInterruptedError, run_server  # noqa: E402
-from serving.tokenizer import Detokenizer  # noqa: E402
+from scripts.assembly import add_engine_options, load_model, run_main
+from scripts.phases import Phases
+from serving.served_model import ServedModel
+from serving.server import LoadInterruptedError, run_server
+from serving.tokenizer import Detokenizer
 
 
 def main() -> None:
