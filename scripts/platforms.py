@@ -1,6 +1,8 @@
 """Picks the platform a program runs on; says in one line what is missing."""
 
 import argparse
+import importlib.util
+import os
 
 import jax
 
@@ -15,6 +17,11 @@ TPU_DEVICE_KINDS = {
 }
 
 
+# With more threads XLA:CPU divides the sums of a product between them, by a rule that looks at the
+# number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2 and 4.
+MAX_CPU_THREADS = 4
+
+
 def add_platform_options(parser: argparse.ArgumentParser) -> None:
     """--cpu, --gpu, --tpu GENERATION; without any, the best platform JAX finds."""
     group = parser.add_argument_group("platform").add_mutually_exclusive_group()
@@ -27,6 +34,8 @@ def add_platform_options(parser: argparse.ArgumentParser) -> None:
 
 def pick_devices(options: argparse.Namespace) -> list[Device]:
     """The devices of the wanted platform. Raises ``ValueError`` in one line when there are none."""
+    if options.cpu or not _has_accelerator_packages():
+        _limit_cpu_threads()
     if options.cpu:
         # Must come before JAX looks for devices; it then leaves accelerators alone.
         jax.config.update("jax_platforms", "cpu")
@@ -40,6 +49,16 @@ def pick_devices(options: argparse.Namespace) -> list[Device]:
             raise ValueError(f"--tpu {options.tpu}: this machine has {len(devices)} x {kind}")
         return devices
     return jax.devices()
+
+
+def _has_accelerator_packages() -> bool:
+    names = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+    return any(importlib.util.find_spec(name) for name in names)
+
+
+def _limit_cpu_threads() -> None:
+    """Must come before JAX looks for devices. XLA reads NPROC; a user's own value stands."""
+    os.environ.setdefault("NPROC", str(min(MAX_CPU_THREADS, os.cpu_count() or 1)))
 
 
 def _accelerators(platform: str, flag: str, needed: str) -> list[Device]:

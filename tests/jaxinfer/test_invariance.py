@@ -167,6 +167,34 @@ def test_recomputation_inside_a_chunk_equals_the_decode(start: int) -> None:
     np.testing.assert_array_equal(logits[shape.num_decodes + LENGTH - start], decoded)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "embed", "ffn"),
+    [(4, 4, 64, 512, 1536), (8, 1, 32, 256, 512), (32, 8, 64, 2048, 5632), (14, 2, 64, 896, 4864)],
+)
+def test_other_shapes(heads: int, kv_heads: int, head_dim: int, embed: int, ffn: int) -> None:
+    """Without grouping, with one kv head, and the layers of larger models."""
+    other = Probe(
+        tiny_model(
+            vocab_size=1024,
+            hidden_size=embed,
+            intermediate_size=ffn,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+        )
+    )
+    one_chunk = other.prefill(4)
+    np.testing.assert_array_equal(other.prefill(1), one_chunk)
+    alone = other.run(BatchShape(8, 0), [(0, LENGTH)], [])[0]
+    other.prefill(4)
+    beside = other.run(BatchShape(16, 4), [(3, 20), (0, LENGTH)], [(9, 0, 64), (10, 64, 128)])[1]
+    np.testing.assert_array_equal(beside, alone)
+    shape = BatchShape(8, 4)
+    recomputed = other.run(shape, [], [(0, 64, LENGTH + 1 - 64)])[shape.num_decodes + LENGTH - 64]
+    np.testing.assert_array_equal(recomputed, alone)
+
+
 def test_without_the_compiler_option_rows_differ() -> None:
     """The test above can fail: XLA:CPU's default kernels break the promise."""
     plain = Probe()
