@@ -73,9 +73,10 @@ $(RUNTIME): $(PACKAGING) | $(PYTHON)
 $(DEVELOPMENT): $(PACKAGING) | $(PYTHON)
 	$(call install,dev$(if $(EXTRAS),$(comma)$(EXTRAS)))
 
+# With pip in it (--seed): models are fetched by uv or pip, and uv may be on nobody's PATH.
 $(PYTHON): | $(UV)
 	@echo "setup: Python $$(cat .python-version) in $(VENV)"
-	@$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(VENV)
+	@$(UV) venv --quiet --clear --seed --python "$$(cat .python-version)" $(VENV)
 
 # A private environment also works where pip may not install anything (PEP 668) or is missing;
 # without the venv module, pip can still unpack uv into a folder of ours.

@@ -57,7 +57,7 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     Raises ``ValueError`` in one line: unknown name, nothing to fetch with, fetch failed, wrong
     checksum, cache not writable.
     """
-    if Path(model).exists():
+    if model and Path(model).exists():
         return Path(model)
     if model not in CATALOG:
         raise ValueError(

@@ -80,7 +80,7 @@ def load_parameters(
 
     ``progress(done, total)`` is called in this thread after each parameter. The host holds the
     parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
-    naming the paths that are missing, unknown, or of another shape.
+    naming the paths that are missing, unknown, of another shape, or not finite.
     """
     wanted = dict(_leaves(abstract, ()))
     _check_paths(wanted, checkpoint.model)
@@ -164,6 +164,8 @@ def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig) -> Non
 
 def _place(checkpoint: Weights, path: ParameterPath, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     array = _assemble(checkpoint, path, wanted.shape, np.dtype(wanted.dtype))
+    if not np.isfinite(array).all():
+        raise ValueError(f"parameter {path} has values that are not finite: a damaged checkpoint?")
     # May alias: nothing else refers to the array, and on a CPU it need not be copied again.
     return jax.device_put(array, wanted.sharding, may_alias=True)
 

@@ -121,8 +121,8 @@ class DtypePolicy:
 class EngineConfig:
     """Sizes of an engine. Tokens, pages and bytes; every array shape follows from these.
 
-    ``max_num_seqs``: sequences that run at once (slots). ``max_num_batched_tokens``: rows of one
-    step, where a prompt chunk counts whole tiles of ``chunk_tile`` rows and a decode counts one.
+    ``max_num_seqs``: sequences that run at once (slots). ``max_num_batched_tokens``: prompt tokens
+    of one step, in whole tiles of ``chunk_tile`` rows; decodes have rows of their own beside them.
     ``max_model_len``: longest prompt plus output. ``num_pages``: pages of ``page_size`` tokens in
     the KV cache.
     """

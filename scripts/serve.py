@@ -82,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
     )
     options = parser.parse_args()
+    if not 0 <= options.grace_seconds <= 86400:
+        parser.error(f"--grace-seconds must be between 0 and 86400, got {options.grace_seconds}")
     if not 0 <= options.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, got {options.port}")
     return options

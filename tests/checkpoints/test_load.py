@@ -154,3 +154,10 @@ def test_the_default_model_loads_in_seconds() -> None:
     assert time.monotonic() - start < 10
     down = checkpoint.tensor("layers.7.down")
     np.testing.assert_array_equal(parameters["layers"][7]["down_proj"], down.T)
+
+
+def test_numbers_that_are_not_finite_are_named() -> None:
+    source = random_weights("grouped_tied")
+    source.weights["layers.1.k"][3, 5] = np.nan
+    with pytest.raises(ValueError, match=r"\('layers', 1, 'qkv'\) has values that are not finite"):
+        load_parameters(source, abstract_parameters(source.model))
