@@ -50,6 +50,7 @@ def bench() -> None:
     phases.add("import", time.perf_counter() - STARTED)
     loaded = load_model(options, phases)
     phases.print_table()
+    startup_seconds = phases.seconds
     length = options.prompt_len + options.output_len
     if length > loaded.engine_config.max_model_len:
         raise ValueError(
@@ -62,7 +63,8 @@ def bench() -> None:
     measure(loaded.engine, prompts[:1], 2, "warm up")
     prefill = measure(loaded.engine, prompts, 1, "prefill")
     whole = measure(loaded.engine, prompts, options.output_len, "whole")
-    figures = describe(loaded, phases) | {
+    figures = describe(loaded) | {
+        "startup_seconds": startup_seconds,
         "prompt_len": options.prompt_len,
         "output_len": options.output_len,
         "num_prompts": options.num_prompts,
@@ -129,7 +131,7 @@ def summarize(prefill: Measured, whole: Measured, num_prompt_tokens: int) -> dic
     }
 
 
-def describe(loaded: LoadedModel, phases: Phases) -> dict[str, Any]:
+def describe(loaded: LoadedModel) -> dict[str, Any]:
     """What was measured where, with which versions; peak memory of the process in MiB."""
     device = loaded.devices[0]
     device_memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -143,7 +145,6 @@ def describe(loaded: LoadedModel, phases: Phases) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "num_devices": len(loaded.devices),
         "num_cores": os.cpu_count(),
-        "startup_seconds": phases.seconds,
         "kv_cache_mib": round(loaded.engine.kv_cache_bytes / 2**20, 1),
         "peak_host_memory_mib": round(_peak_host_bytes() / 2**20, 1),
         "peak_device_memory_mib": device_memory and round(device_memory / 2**20, 1),
