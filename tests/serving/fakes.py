@@ -84,13 +84,15 @@ class _Running:
 class FakeEngine:
     """One token a step for every request; ``eos_after`` tokens end in an end-of-sequence token.
 
-    ``step_seconds`` is how long a step takes, ``fail_after_steps`` is the step that raises. A
-    request for ``endless_at`` tokens runs until it is aborted. ``gate``, when cleared, stops steps
-    from ending. ``lost`` are ids that it forgets at once.
+    ``step_seconds`` is how long a step takes: an engine that never lets go of the interpreter's
+    lock, as no device does, would starve the asyncio thread that has to read and to cancel.
+    ``fail_after_steps`` is the step that raises. A request for ``endless_at`` tokens runs until it
+    is aborted. ``gate``, when cleared, stops steps from ending. ``lost`` are ids that it forgets
+    at once.
     """
 
     eos_after: int | None = None
-    step_seconds: float = 0.0
+    step_seconds: float = 2e-4
     fail_after_steps: int | None = None
     num_cached_tokens: int = 0
     endless_at: int | None = None

@@ -38,7 +38,8 @@ def all_token_ids(outputs: list[RequestOutput]) -> list[int]:
 
 def test_a_reader_that_is_slow_gets_merged_outputs_and_loses_nothing() -> None:
     async def test() -> None:
-        engine = FakeEngine()
+        # Slow enough that the first output is read long before the last is there.
+        engine = FakeEngine(step_seconds=2e-3)
         loop = EngineLoop(engine)
         slow = loop.submit(request("slow", 300))
         first = await slow.read()

@@ -101,9 +101,7 @@ def requests(draw: st.DrawFn) -> pb.GenerateRequest:
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[asyncio.Runner, str, FakeEngine]]:
     """One server for all examples; its asyncio loop runs while an example runs."""
-    # A step takes a while, as a device's does: an engine that never lets go of the interpreter's
-    # lock would starve the asyncio thread that has to cancel.
-    engine = FakeEngine(eos_after=25, endless_at=ENDLESS, step_seconds=2e-4)
+    engine = FakeEngine(eos_after=25, endless_at=ENDLESS)
     with asyncio.Runner() as runner:
         context = running_server(engine)
         target, _ = runner.run(context.__aenter__())
