@@ -124,7 +124,10 @@ class EngineConfig:
     ``max_num_seqs``: sequences that run at once (slots). ``max_num_batched_tokens``: prompt tokens
     of one step, in whole tiles of ``chunk_tile`` rows; decodes have rows of their own beside them.
     ``max_model_len``: longest prompt plus output. ``num_pages``: pages of ``page_size`` tokens in
-    the KV cache.
+    the KV cache. ``prefix_cache``: keep the pages of finished requests for prompts that begin
+    alike. ``max_steps_per_call``: decode steps that run in one call of the device while nobody
+    waits. ``priority_seconds``: how much longer a request waits than one of the next higher
+    priority, before it goes first all the same.
     """
 
     max_num_seqs: int = 16
@@ -133,6 +136,9 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int = 2048
     chunk_tile: int = 64
+    prefix_cache: bool = True
+    max_steps_per_call: int = 1
+    priority_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         limits = {
@@ -142,6 +148,8 @@ class EngineConfig:
             "page_size": (1, 1024),
             "num_pages": (1, 1 << 24),
             "chunk_tile": (8, 512),
+            "max_steps_per_call": (1, 256),
+            "priority_seconds": (0, 86400),
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:

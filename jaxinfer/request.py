@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,23 @@ LIMITS: dict[str, Limit] = {
     "temperature": Limit(0.0, 100.0),
     "top_k": Limit(0, 1 << 20),
     "top_p": Limit(0.0, 1.0, above=True),
+    "min_p": Limit(0.0, 1.0),
+    "repetition_penalty": Limit(0.0, 100.0, above=True),
+    "presence_penalty": Limit(-2.0, 2.0),
+    "frequency_penalty": Limit(-2.0, 2.0),
+    "logit_bias": Limit(-100.0, 100.0),
+    "num_logit_bias": Limit(0, 300),
     "seed": Limit(0, (1 << 64) - 1),
     "max_tokens": Limit(1, 1 << 20),
+    "min_tokens": Limit(0, 1 << 20),
+    "num_ending_token_ids": Limit(0, 32),
+    "num_stop": Limit(0, 16),
+    "stop_characters": Limit(1, 256),
+    "n": Limit(1, 16),
+    "logprobs": Limit(0, 20),
+    "prompt_logprobs": Limit(0, 20),
+    "priority": Limit(-100, 100),
+    "cache_salt_characters": Limit(0, 128),
     # Bounds on raw input, before anything is tokenized or allocated.
     "prompt_characters": Limit(0, 4 << 20),
     "messages": Limit(1, 1024),
@@ -42,28 +58,60 @@ LIMITS: dict[str, Limit] = {
 class SamplingParams:
     """How the next token is chosen. Temperature 0 is greedy: the arg max, seed not used.
 
-    ``top_k`` 0 and ``top_p`` 1 switch the filters off. Filters apply in the order temperature,
-    top_k, top_p, each over what the one before left, tokens tied with the last survivor kept.
+    In this order, each over what the one before left (l: logits; c: how often a token stands in the
+    output so far):
+
+    - ``repetition_penalty`` r, tokens of prompt or output: l / r where l > 0, else l * r
+      (Keskar et al. 2019);
+    - ``presence_penalty`` and ``frequency_penalty``: l - presence [c > 0] - frequency c;
+    - ``logit_bias``, pairs of token id and what is added to its l, no id twice;
+    - ``temperature`` divides l;
+    - ``top_k`` keeps the k most probable tokens (0: all), ``top_p`` the most probable ones whose
+      probabilities sum to p, ``min_p`` those at least min_p times as probable as the most probable
+      one. Tokens tied with the last survivor are kept.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "seed"):
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+        ):
             LIMITS[name].check(name, getattr(self, name))
         for name in ("top_k", "seed"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+            _check_whole(name, getattr(self, name))
+        LIMITS["num_logit_bias"].check("number of logit_bias", len(self.logit_bias))
+        for token_id, bias in self.logit_bias:
+            _check_whole("token id of logit_bias", token_id)
+            LIMITS["logit_bias"].check(f"logit_bias of token {token_id}", bias)
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ValueError("logit_bias names a token id twice")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. ``max_tokens`` new tokens at most, fewer at an end-of-sequence token.
+    """One prompt to continue, ``n`` times: choice i draws with ``sampling.seed`` and i.
 
-    ``eos_token_ids`` end the text and are not part of it; ``ignore_eos`` generates through them.
+    At most ``max_tokens`` new tokens a choice; fewer when one of ``eos_token_ids`` (unless
+    ``ignore_eos``) or ``stop_token_ids`` comes, none of which is chosen before ``min_tokens`` new
+    tokens. ``logprobs`` k asks for the log-probability of every new token and of the k most
+    probable ones, ``prompt_logprobs`` for the same of prompt tokens; None is not at all.
+    ``priority``: higher runs first. Prompts share cached prefixes only within one ``cache_salt``.
     """
 
     request_id: str
@@ -72,11 +120,37 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        LIMITS["max_tokens"].check("max_tokens", self.max_tokens)
+        for name in ("max_tokens", "min_tokens", "n", "priority", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is None and name in ("logprobs", "prompt_logprobs"):
+                continue
+            LIMITS[name].check(name, value)
+            _check_whole(name, value)
         if not self.prompt_token_ids:
             raise ValueError("the prompt has no tokens; at least 1 is needed")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})"
+            )
+        LIMITS["num_ending_token_ids"].check(
+            "number of end-of-sequence and stop_token_ids", len(self.ending_token_ids)
+        )
+        LIMITS["cache_salt_characters"].check("characters of cache_salt", len(self.cache_salt))
+
+    @cached_property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a choice."""
+        eos = () if self.ignore_eos else self.eos_token_ids
+        return tuple(dict.fromkeys((*eos, *self.stop_token_ids)))
 
     def check_length(self, max_model_len: int) -> None:
         """Raises ``ValueError`` when prompt and output could exceed ``max_model_len`` tokens."""
@@ -90,16 +164,27 @@ class Request:
     def check_fits(self, vocab_size: int, max_model_len: int) -> None:
         """Raises ``ValueError`` when this model cannot serve this request."""
         self.check_length(max_model_len)
-        low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"prompt token ids must be in [0, {vocab_size - 1}], got {low if low < 0 else high}"
-            )
+        biased = [token_id for token_id, _ in self.sampling.logit_bias]
+        for name, token_ids in (
+            ("prompt token ids", self.prompt_token_ids),
+            ("stop_token_ids", self.stop_token_ids),
+            ("token ids of logit_bias", biased),
+        ):
+            low, high = min(token_ids, default=0), max(token_ids, default=0)
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"{name} must be in [0, {vocab_size - 1}], got {low if low < 0 else high}"
+                )
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 class FinishReason(Enum):
-    """Why a request ended."""
+    """Why a choice ended."""
 
-    STOP = "stop"  # an end-of-sequence token
+    STOP = "stop"  # an end-of-sequence or stop token, or a stop string
     LENGTH = "length"  # max_tokens reached
     ABORT = "abort"  # cancelled by the client or by shutdown

@@ -5,63 +5,112 @@ Host only: never imports JAX.
 
 from dataclasses import dataclass
 
-from jaxinfer.request import FinishReason, SamplingParams
+from jaxinfer.request import FinishReason, Request
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """What one sequence brings to a step.
+    """What one sequence, a choice of a request, brings to a call of the device.
 
-    Its ``token_ids`` stand at positions ``start .. start + len(token_ids) - 1``; ``page_ids`` are
-    all pages it holds, enough for those positions. ``samples`` is true when its last token is the
-    last one known, so that the step yields a new token for it. ``admission`` numbers the times a
-    slot was given to a sequence: it tells a preempted sequence that came back, or a new request
-    with an old id, from the one that a late step output belongs to.
+    A chunk's ``token_ids`` stand at positions ``start ..``. A decode has none of its own: the
+    device knows its last token and position; ``num_tokens`` says for how many steps it may run at
+    most (a chunk: ``len(token_ids)``). ``page_ids`` are all pages it holds, enough for every
+    position that is computed. ``samples`` is true when a new token comes of it: for decodes always,
+    for a chunk when its last token is the last one known.
+
+    ``admission`` numbers the times a slot was given to a sequence: it tells a preempted sequence
+    that came back, or a new request with an old id, from the one a late step output belongs to.
+    The first chunk of an admission has ``is_first``, and in ``cached_token_ids`` the tokens at
+    positions before ``start``, whose keys and values were found in the prefix cache.
+    ``next_token_id`` follows the chunk in the prompt, 0 where it is not known.
     """
 
-    request_id: str
+    request: Request
+    choice: int
     slot: int
+    admission: int
     start: int
-    token_ids: tuple[int, ...]
+    num_tokens: int
     page_ids: tuple[int, ...]
     samples: bool
-    sampling: SamplingParams
-    admission: int = 0
+    token_ids: tuple[int, ...] = ()
+    is_first: bool = False
+    cached_token_ids: tuple[int, ...] = ()
+    next_token_id: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """The id of its request."""
+        return self.request.request_id
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One step: ``decodes`` bring the one token sampled last, ``chunks`` bring prompt tokens.
+    """One call: ``decodes`` continue from the token sampled last, ``chunks`` bring known tokens.
 
-    A preempted sequence that comes back brings its prompt and its output so far as chunks.
+    A preempted sequence that comes back brings its prompt and its output so far as chunks. Without
+    chunks the device may run ``num_steps`` steps in one call.
     """
 
     decodes: tuple[ScheduledSequence, ...] = ()
     chunks: tuple[ScheduledSequence, ...] = ()
+    num_steps: int = 1
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 
 
 @dataclass(frozen=True)
-class StepOutput:
-    """What a step yielded, on the host: (request_id, new token ids) of each sampling sequence."""
+class TokenLogprobs:
+    """A token's natural log-probability under the model, before penalties, temperature and filters.
 
-    token_ids: tuple[tuple[str, tuple[int, ...]], ...]
+    ``rank`` 1 is the most probable. ``top`` has the most probable tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """What a call yielded for one scheduled sequence.
+
+    ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device.
+    ``logprobs`` go with them where asked for. ``prompt_logprobs`` are those of the tokens at
+    positions ``start + 1 ..`` of a chunk, as far as they are prompt tokens.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a call yielded, on the host: one entry a scheduled sequence, decodes before chunks."""
+
+    sequences: tuple[SequenceOutput, ...]
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a client is told after a step.
+    """What a client is told about one choice after a step.
 
-    ``token_ids`` are new since the last output and include the end-of-sequence token that ended
-    the request. ``num_cached_tokens`` counts prompt tokens that did not have to be computed.
+    ``token_ids`` are new since the last output and include the end-of-sequence or stop token that
+    ended the choice; ``logprobs`` go with them where asked for. ``prompt_logprobs`` come with
+    choice 0's first output, one a prompt token, None for the first one. ``num_cached_tokens``
+    counts prompt tokens that did not have to be computed when the choice was first admitted.
     ``queue_seconds`` is the time from ``Engine.add`` to the first step, None when not measured.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -73,8 +122,11 @@ class RequestOutput:
 class EngineStats:
     """A snapshot for load reports. ``num_*_tokens`` are totals since start.
 
-    ``num_prompt_tokens`` are counted when a request's first token is out, ``num_chunk_tokens`` when
-    they are scheduled: prompts, and outputs computed again after preemption.
+    ``num_waiting`` and ``num_running`` count choices. ``num_prompt_tokens`` are counted when a
+    choice's first token is out, ``num_cached_tokens`` when it is admitted: tokens found in the
+    prefix cache, also those of a preempted sequence that came back. ``num_chunk_tokens`` are
+    counted when they are scheduled: prompts, and outputs computed again after preemption.
+    ``num_free_pages`` includes ``num_cached_pages``, which nobody holds and a prompt may find.
     """
 
     num_running: int
@@ -85,3 +137,5 @@ class EngineStats:
     num_output_tokens: int
     num_preemptions: int
     num_chunk_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_cached_pages: int = 0
