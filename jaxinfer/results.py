@@ -1,4 +1,4 @@
-"""From a call's result on the device to its output on the host; what nobody asked for stays there."""
+"""From a call's result on the device to its output on the host, and no more than was asked for."""
 
 from itertools import chain
 
