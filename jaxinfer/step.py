@@ -227,9 +227,8 @@ def score_chunks(model: Any, hidden: jax.Array, batch: Batch) -> LogprobColumns:
         return token_logprobs(model.logits(rows), wanted, jnp.ones(size, bool))
 
     rows = hidden.reshape(num_tiles, size, hidden.shape[-1])
-    shapes = jax.eval_shape(
-        score, jnp.zeros(rows.shape[1:], rows.dtype), jnp.zeros(size, jnp.int32)
-    )
+    first_rows = jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
+    shapes = jax.eval_shape(score, first_rows, jax.ShapeDtypeStruct((size,), jnp.int32))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     if not num_tiles:
         return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), shapes)

@@ -36,9 +36,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         measured = [measure(engine, batch, name if len(batch) > 1 else "") for batch in batches]
         token_ids = {key: ids for run in measured for key, ids in run.token_ids.items()}
         alone = alone or token_ids
-        equal = sum(
-            token_ids[request.request_id] == alone[request.request_id] for request in requests
-        )
+        equal = sum(ids == alone[key] for key, ids in token_ids.items())
         results[name] = {
             "equal": equal,
             "requests": len(requests),

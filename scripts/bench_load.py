@@ -72,12 +72,8 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """The points as text."""
-    columns = (
-        "concurrency",
-        "output_tokens_per_second",
-        "inter_token_ms_p50",
-        "inter_token_ms_p99",
-    )
+    columns = ["concurrency", "output_tokens_per_second"]
+    columns += [f"inter_token_ms_p{p}" for p in (50, 99)]
     lines = [" ".join(f"{name:>25}" for name in columns)]
     lines += [" ".join(f"{point[name]:>25}" for name in columns) for point in figures["points"]]
     return "\n".join(lines)
@@ -105,8 +101,6 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     speed.set_ylim(bottom=0)
     latency.set_ylim(bottom=0)
     speed.legend(handles=lines, loc="upper left")
-    speed.set_title(
-        f"{figures['model']}, {figures['dtype']}, {figures['device']}, {figures['date']}"
-    )
+    speed.set_title(", ".join(figures[name] for name in ("model", "dtype", "device", "date")))
     figure.tight_layout()
     figure.savefig(path, dpi=120)

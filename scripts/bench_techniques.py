@@ -134,9 +134,7 @@ def continuous_batching(loaded: LoadedModel) -> Iterator[Row]:
     static = sum(max_tokens) / seconds
     few = slice(0, 6)
     alone = [measure(engine, [request]) for request in requests_of(prompts[few], max_tokens[few])]
-    equal = all(
-        run.token_ids[name] == ours.token_ids[name] for run in alone for name in run.token_ids
-    )
+    equal = all(ids == ours.token_ids[key] for run in alone for key, ids in run.token_ids.items())
     one = sum(max_tokens[few]) / sum(run.seconds for run in alone)
     name = "continuous batching against"
     yield faster(f"{name} static padded batches", "2-4x", "output tok/s", static, rate(ours), None)
@@ -147,7 +145,7 @@ def continuous_batching(loaded: LoadedModel) -> Iterator[Row]:
         one,
         rate(ours),
         equal,
-        "two cores are busy with 16 rows already: a batch costs arithmetic here, not only bandwidth",
+        "two cores are busy with 16 rows: a batch costs arithmetic here, not only bandwidth",
     )
 
 
