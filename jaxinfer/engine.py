@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out. The one place where host scheduling meets device state."""
 
 import dataclasses
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,25 @@ class Engine:
         """Bytes of the KV cache over all devices."""
         size = page_bytes(self.model, self.config.page_size, self.dtypes.kv_cache)
         return self.config.num_pages * size
+
+    @property
+    def memory_by_program(self) -> dict[BatchShape, int]:
+        """Bytes of temporaries of each step program, on each device."""
+        return {
+            shape: program.memory_analysis().temp_size_in_bytes
+            for shape, program in self._programs.items()
+        }
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """What the engine keeps on each of its devices, in bytes."""
+        state = self._abstract_state
+        return {
+            "parameters": _device_bytes(self.abstract_parameters),
+            "kv cache": _device_bytes(state.kv_pages),
+            "slots": _device_bytes(dataclasses.replace(state, kv_pages=())),
+            "temporaries": max(self.memory_by_program.values(), default=0),
+        }
 
     @property
     def has_unfinished(self) -> bool:
@@ -238,6 +258,13 @@ class Engine:
             self._abstract_state,
             self.mesh,
         )
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def check_parameters(wanted: Parameters, given: Parameters) -> None:

@@ -20,13 +20,16 @@ from jaxinfer.engine import Engine
 from jaxinfer.kv_cache import page_bytes, plan_num_pages
 from jaxinfer.sharding import Device, make_mesh
 from jaxinfer.step import Parameters
+from scripts.memory import free_bytes
 from scripts.phases import Phases
 from scripts.platforms import add_platform_options, pick_devices
 from serving.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_MAX_MODEL_LEN = 8192
+# On CPU at most this, and at most this part of what the parameters leave free: others work there.
 DEFAULT_CPU_KV_BYTES = 1 << 30
+CPU_KV_FRACTION = 0.5
 # Of the memory that is free once the parameters are loaded; the rest is for activations.
 ACCELERATOR_KV_FRACTION = 0.8
 
@@ -102,8 +105,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-memory",
         type=parse_bytes,
-        help="memory of the KV cache, such as 512MiB or 4GiB (default: 1GiB on CPU, 80 %% of what "
-        "the model leaves free on accelerators)",
+        help="memory of the KV cache, such as 512MiB or 4GiB (default: of what the model leaves "
+        "free, 80 %% on accelerators, half on CPU but at most 1GiB)",
     )
 
 
@@ -203,12 +206,14 @@ def engine_config(
 
 
 def default_kv_bytes(device: Device, model: ModelConfig, dtypes: DtypePolicy) -> int:
-    """Memory for the KV cache when the user names none."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
+    """Memory for the KV cache when the user names none; the parameters are not loaded yet."""
+    free = free_bytes(device)
+    if free is None:
         return DEFAULT_CPU_KV_BYTES
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0) - parameter_bytes(model, dtypes)
-    return max(0, int(free * ACCELERATOR_KV_FRACTION))
+    left = max(0, free - parameter_bytes(model, dtypes))
+    if device.platform == "cpu":
+        return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
+    return int(left * ACCELERATOR_KV_FRACTION)
 
 
 def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy) -> int:

@@ -29,10 +29,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """How many requests gave the tokens they give alone, by arrangement; and what that costs."""
-    requests = make_requests(loaded.model.vocab_size, options.num_prompts, options.output_len)
+    longest = min(768, loaded.engine_config.max_model_len)
+    requests = make_requests(
+        loaded.model.vocab_size, longest, options.num_prompts, options.output_len
+    )
     alone: dict[str, list[int]] = {}
     results = {}
-    for name, engine, batches in arrangements(loaded, requests):
+    for name, engine, batches in arrangements(loaded, requests, longest):
         measured = [measure(engine, batch, name if len(batch) > 1 else "") for batch in batches]
         token_ids = {key: ids for run in measured for key, ids in run.token_ids.items()}
         alone = alone or token_ids
@@ -66,10 +69,11 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_requests(vocab_size: int, count: int, output_len: int) -> list[Request]:
-    """Greedy and seeded requests; every fourth prompt begins like another one."""
+def make_requests(vocab_size: int, longest: int, count: int, output_len: int) -> list[Request]:
+    """Greedy and seeded requests of at most ``longest`` tokens; three in four share a beginning."""
     random = np.random.default_rng(0)
-    prompts = random_prompts(vocab_size, random.integers(4, 160, count).tolist())
+    lengths = random.integers(4, max(5, longest // 5), count)
+    prompts = random_prompts(vocab_size, lengths.tolist())
     samplings = (
         SamplingParams(),
         SamplingParams(temperature=0.8, top_p=0.9, seed=1),
@@ -78,7 +82,7 @@ def make_requests(vocab_size: int, count: int, output_len: int) -> list[Request]
     )
     requests = []
     for number, prompt in enumerate(prompts):
-        shared = prompts[number - number % 4][:64] if number % 4 else ()
+        shared = prompts[number - number % 4] if number % 4 else ()
         sampling = dataclasses.replace(samplings[number % 7 % 4], seed=number)
         requests.append(
             Request(str(number), shared + prompt, output_len, sampling, ignore_eos=True)
@@ -87,13 +91,10 @@ def make_requests(vocab_size: int, count: int, output_len: int) -> list[Request]
 
 
 def arrangements(
-    loaded: LoadedModel, requests: list[Request]
+    loaded: LoadedModel, requests: list[Request], longest: int
 ) -> Iterator[tuple[str, Engine, list[list[Request]]]]:
     """(name, engine, batches that are run one after the other); the first is each one alone."""
-    sizes = {"max_model_len": 768, "max_num_batched_tokens": 256, "max_num_seqs": 16}
-    longest = max(len(request.prompt_token_ids) + request.max_tokens for request in requests)
-    if longest > sizes["max_model_len"]:
-        raise ValueError(f"a request of {longest} tokens; at most {sizes['max_model_len']} fit")
+    sizes = {"max_model_len": longest, "max_num_batched_tokens": 256, "max_num_seqs": 16}
     page_size = loaded.engine_config.page_size
     singles = [[request] for request in requests]
     backwards = [dataclasses.replace(r, priority=int(r.request_id) % 5) for r in requests[::-1]]
@@ -107,7 +108,7 @@ def arrangements(
     yield "again, from the prefix cache", together, [requests]
     del together
     yield "chunks of 64", engine(max_num_batched_tokens=64, max_num_seqs=5), [requests]
-    few = -(-sizes["max_model_len"] // page_size)
+    few = -(-longest // page_size)
     yield "preempted, few pages", engine(num_pages=few), [requests]
     yield "backwards, priorities, 4 steps", engine(max_steps_per_call=4), [backwards]
 
@@ -118,15 +119,16 @@ def cost(loaded: LoadedModel) -> dict[str, Any]:
     for batch_invariant in (True, False):
         engine = new_engine(loaded, batch_invariant=batch_invariant, prefix_cache=False)
         for size in (1, loaded.engine_config.max_num_seqs):
-            prompts = random_prompts(loaded.model.vocab_size, [128] * size)
+            prompts = random_prompts(loaded.model.vocab_size, [64] * size)
             requests = [Request(str(i), p, 33, ignore_eos=True) for i, p in enumerate(prompts)]
             measure(engine, requests)
             measured: Measured = measure(engine, requests)
             speed = measured.decode_tokens / measured.decode_seconds
             speeds.setdefault(f"decode tok/s, batch {size}", []).append(speed)
-        prompts = random_prompts(loaded.model.vocab_size, [512] * 4, seed=1)
+        length = min(512, engine.config.max_model_len // 2)
+        prompts = random_prompts(loaded.model.vocab_size, [length] * 4, seed=1)
         measured = measure(engine, [Request(str(i), p, 1) for i, p in enumerate(prompts)])
-        speeds.setdefault("prefill tok/s", []).append(4 * 512 / measured.seconds)
+        speeds.setdefault("prefill tok/s", []).append(4 * length / measured.seconds)
         del engine
     return {
         name: {"invariant": round(ours, 2), "fast": round(fast, 2), "ratio": round(fast / ours, 3)}
