@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ class Engine:
         self._queue_seconds: dict[tuple[str, int], float] = {}
         self._parameters: Parameters | None = None
         self._state: step_program.StepState | None = None
-        self._host_seconds: Counter[str] = Counter()
+        self._host_seconds: defaultdict[str, float] = defaultdict(float)
 
     @property
     def kv_cache_bytes(self) -> int:

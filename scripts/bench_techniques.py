@@ -18,7 +18,7 @@ from scripts.assembly import LoadedModel, new_engine
 from scripts.measuring import Measured, describe, latencies, measure, random_prompts, requests_of
 
 # Sizes of every engine here, unless a row says otherwise.
-SIZES = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 1280}
+SIZES: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 1280}
 
 
 @dataclass(frozen=True)
