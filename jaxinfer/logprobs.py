@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.row_log import row_log
+
 NUM_TOP = 20  # request.LIMITS["logprobs"]
 SUM_BLOCK_TOKENS = 1024
 
@@ -39,8 +41,7 @@ def token_logprobs(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array
     def compute() -> LogprobColumns:
         maximum = jnp.max(logits, axis=-1, keepdims=True)
         sums = _sum_of_exponentials(logits, maximum)
-        # Scalar by scalar: vectorized, XLA:CPU's log of some numbers of rows has other bits.
-        log_sums = jax.lax.map(jnp.log, sums[:, 0])[:, None]
+        log_sums = row_log(sums[:, 0])[:, None]
         chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1, mode="clip")
         top_logits, top_ids = jax.lax.top_k(logits, NUM_TOP)
         return LogprobColumns(

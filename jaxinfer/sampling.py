@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.penalties import adjusted, changes_logits
+from jaxinfer.row_log import row_log
 from jaxinfer.sampling_columns import SamplingColumns, SlotTables
 
 __all__ = ["SamplingColumns", "SlotTables", "gumbel_noise", "sample"]
@@ -73,9 +74,7 @@ def _draw(
     scaled = (logits - maximum) / temperature
     uses_top_p = is_sampled & (columns.top_p < 1)
     is_filtered = uses_top_p | (is_sampled & (columns.top_k > 0))
-    # exp(scaled) >= min_p. Scalar by scalar: vectorized, XLA:CPU's log of some numbers of rows has
-    # other bits than that of others. All tokens where min_p is 0.
-    by_ratio = _ordered(jax.lax.map(jnp.log, columns.min_p))
+    by_ratio = _ordered(row_log(columns.min_p))  # exp(scaled) >= min_p; all tokens where that is 0
     threshold = jax.lax.cond(
         jnp.any(is_filtered),
         lambda: jnp.where(
