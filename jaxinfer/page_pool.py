@@ -28,11 +28,12 @@ class PagePool:
         self.page_size = page_size
         self._num_references = [0] * num_pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that hold the positions ``0 .. num_tokens - 1``."""
@@ -46,7 +47,9 @@ class PagePool:
         assert num_pages >= 0, f"asked for {num_pages} pages"
         if num_pages > self.num_free:
             return None
-        page_ids = tuple(self._free.popitem(last=False)[0] for _ in range(num_pages))
+        page_ids = tuple(
+            (self._free or self._kept).popitem(last=False)[0] for _ in range(num_pages)
+        )
         for page_id in page_ids:
             self._num_references[page_id] = 1
         return page_ids
@@ -54,10 +57,10 @@ class PagePool:
     def share(self, page_ids: Iterable[int]) -> None:
         """Adds one reference to each of these pages, which somebody holds already."""
         for page_id in page_ids:
-            self._check_held(page_id)
+            self._kept.pop(page_id, None)
             self._num_references[page_id] += 1
 
-    def free(self, page_ids: Iterable[int]) -> None:
+    def free(self, page_ids: Iterable[int], is_cached=lambda page_id: False) -> None:
         """Takes one reference from each page; those without any are free again.
 
         ``page_ids`` are in the order of their positions. The last are freed first, hence reused
@@ -67,7 +70,7 @@ class PagePool:
             self._check_held(page_id)
             self._num_references[page_id] -= 1
             if not self._num_references[page_id]:
-                self._free[page_id] = None
+                (self._kept if is_cached(page_id) else self._free)[page_id] = None
 
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Asserts that every page is either free or referenced, and by as many as hold it.

@@ -19,8 +19,17 @@ class Sequence:
 
     request: Request
     arrival: int
+    choice: int = 0
+    arrival_seconds: float = 0.0
+    priority_seconds: float = 10.0
+    salt: str = ""
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_registered: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list = field(default_factory=list)
+    is_new: bool = True
     num_prefill_tokens: int = 0
     page_ids: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -49,14 +58,14 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """True when all it brings is a token sampled since its admission."""
-        return self.num_prefill_tokens <= self.num_computed_tokens == self.num_tokens - 1
+        return self.num_prefill_tokens <= self.num_computed_tokens == self.num_tokens + self.num_in_flight_tokens - 1
 
     @property
-    def rank(self) -> int:
+    def rank(self):
         """Smaller is served first and preempted last: first come, first served.
 
         This is the one place where priorities go. Arrival plus a handicap for each level of
         priority never changes while a request lives, so both queues stay sorted, and it ages: a
         late arrival of higher priority cannot overtake for ever.
         """
-        return self.arrival
+        return (self.arrival_seconds - self.request.priority * self.priority_seconds, self.arrival, self.choice)
