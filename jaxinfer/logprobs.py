@@ -20,8 +20,8 @@ SUM_BLOCK_TOKENS = 1024
 class LogprobColumns:
     """One row a token; see ``schedule.TokenLogprobs``.
 
-    ``logprob`` [R] float32 in nats, ``rank`` [R] int32 (1: the most probable), ``top_ids`` [R, 20]
-    int32 and ``top_logprobs`` [R, 20] float32: the most probable tokens, best first.
+    ``logprob`` [R] float32 in nats, ``rank`` [R] int32 (1: the most probable), ``top_ids`` [R, K]
+    int32 and ``top_logprobs`` [R, K] float32: the K = min(20, V) most probable tokens, best first.
     """
 
     logprob: jax.Array
@@ -31,19 +31,19 @@ class LogprobColumns:
 
 
 def token_logprobs(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array) -> LogprobColumns:
-    """What ``logits`` [R, V] float32, V >= 20, say about ``token_ids`` [R] int32.
+    """What ``logits`` [R, V] float32 say about ``token_ids`` [R] int32.
 
     Rows that are not ``is_wanted`` [R] bool mean nothing; if none is, all is zeros and costs
     nothing. Equal logits have the same rank, and in the top the lowest id comes first.
     """
-    rows = logits.shape[0]
+    rows, num_top = logits.shape[0], min(NUM_TOP, logits.shape[1])
 
     def compute() -> LogprobColumns:
         maximum = jnp.max(logits, axis=-1, keepdims=True)
         sums = _sum_of_exponentials(logits, maximum)
         log_sums = row_log(sums[:, 0])[:, None]
         chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1, mode="clip")
-        top_logits, top_ids = jax.lax.top_k(logits, NUM_TOP)
+        top_logits, top_ids = jax.lax.top_k(logits, num_top)
         return LogprobColumns(
             logprob=(chosen - maximum - log_sums)[:, 0],
             rank=1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32),
@@ -55,8 +55,8 @@ def token_logprobs(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array
         return LogprobColumns(
             logprob=jnp.zeros((rows,), jnp.float32),
             rank=jnp.zeros((rows,), jnp.int32),
-            top_ids=jnp.zeros((rows, NUM_TOP), jnp.int32),
-            top_logprobs=jnp.zeros((rows, NUM_TOP), jnp.float32),
+            top_ids=jnp.zeros((rows, num_top), jnp.int32),
+            top_logprobs=jnp.zeros((rows, num_top), jnp.float32),
         )
 
     return jax.lax.cond(jnp.any(is_wanted), compute, nothing)

@@ -94,7 +94,8 @@ def arrangements(
     loaded: LoadedModel, requests: list[Request], longest: int
 ) -> Iterator[tuple[str, Engine, list[list[Request]]]]:
     """(name, engine, batches that are run one after the other); the first is each one alone."""
-    sizes: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+    sizes: dict[str, Any] = {"max_model_len": longest, "max_num_seqs": 16}
+    sizes["max_num_batched_tokens"] = 256
     page_size = loaded.engine_config.page_size
     singles = [[request] for request in requests]
     backwards = [dataclasses.replace(r, priority=int(r.request_id) % 5) for r in requests[::-1]]
