@@ -9,6 +9,7 @@ from jaxinfer.request import LIMITS
 from serving.client import AsyncClient, Delta, Finished, Message, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+from serving.validate import CHAT_LIMITS
 from tests.serving.fakes import EOS, MAX_MODEL_LEN, NUM_PAGES, FakeEngine, expected_token_ids
 from tests.serving.running import run, running_client, running_server, until
 
@@ -220,8 +221,9 @@ def test_model_info_tells_the_truth() -> None:
         assert (info.max_model_len, info.max_position_embeddings) == (512, 1024)
         assert (info.num_pages, info.page_size, info.default_max_tokens) == (64, 16, 256)
         assert (info.weights_dtype, info.kv_cache_dtype) == ("float32", "float32")
-        assert {limit.name for limit in info.limits} == set(LIMITS)
+        assert {limit.name for limit in info.limits} == {*LIMITS, *CHAT_LIMITS}
         assert "SamplingParams.top_p" in info.supported_fields
+        assert not any("structured_output" in name for name in info.supported_fields)
         assert list(info.eos_token_ids) == [EOS]
 
     run(test())
