@@ -199,6 +199,10 @@ class EngineLoop:
             self._fail_streams()
             self._inbox.put(_Stop())
 
+    def stop_accepting(self) -> None:
+        """Refuses new requests from now on; those that are live go on."""
+        self._is_draining = True
+
     async def drain(self, grace_seconds: float, stop_seconds: float = 10.0) -> None:
         """Accepts nothing more, lets what runs finish, aborts the rest, ends the thread.
 
@@ -206,7 +210,7 @@ class EngineLoop:
         ``EngineFailedError`` when the engine failed, before or meanwhile, or does not come back
         from its step.
         """
-        self._is_draining = True
+        self.stop_accepting()
         finished = asyncio.create_task(self._none_live.wait())
         ended = asyncio.create_task(self.ended.wait())
         try:

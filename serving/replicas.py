@@ -77,6 +77,8 @@ class Replicas:
 
         Raises ``EngineFailedError`` of the first engine that has one.
         """
+        for loop in self._loops:
+            loop.stop_accepting()
         drains = (loop.drain(grace_seconds, stop_seconds) for loop in self._loops)
         for result in await asyncio.gather(*drains, return_exceptions=True):
             if isinstance(result, BaseException):

@@ -122,7 +122,7 @@ def test_neutral_values_say_nothing(name: str, value: object) -> None:
     targets: tuple[Message, ...] = (request, request.sampling, request.chat)
     for target in targets:
         if target.DESCRIPTOR is owner:
-            target.MergeFrom(message)
+            target.MergeFromString(message.SerializeToString())
     check_prompt(request, has_chat_template=True)
     check_generation(request, "fake")
     assert sampling_params(request.sampling) == SamplingParams()
