@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # "health.aio", as its types name it
 from grpc_reflection.v1alpha import reflection
 
+from serving.decoding import UndecodableRefuser
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
 from serving.served_model import ServedModel
@@ -102,7 +103,11 @@ async def serve(
     _check_can_listen(host, port)
     service = InferenceService()
     health_service = HealthServicer()
-    server = grpc.aio.server(options=CHANNEL_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+    server = grpc.aio.server(
+        interceptors=(UndecodableRefuser(f"/{SERVICE_NAME}/"),),
+        options=CHANNEL_OPTIONS,
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from jaxinfer.request import Request
 from serving import responses
@@ -78,6 +78,8 @@ def _checked_call[S, Q: Message, R](method: _Method[S, Q, R]) -> _Method[S, Q, R
     @wraps(method)
     async def call(self: S, request: Q, context: grpc.aio.ServicerContext) -> R:
         try:
+            if isinstance(request, DecodeError):
+                raise RequestRefusedError("the request is no message of this method")
             with _refusing_value_errors():
                 refuse_unsupported(request)
             return await method(self, request, context)

@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.schedule import RequestOutput
-from serving.client import Delta, Finished, Message, Started
+from serving.client import Delta, Finished, Started
 from serving.loop import EngineLoop
 from serving.output_text import OutputText, TextOptions, output_texts
 from serving.request_stream import RequestStream, TextOutput
@@ -312,92 +312,5 @@ def test_abort_finishes_every_choice_that_still_runs() -> None:
                         assert await client.abort("a")
                     reasons[event.choice] = event.reason
         assert reasons == {1: "stop", 0: "abort", 2: "abort"}
-
-    run(test())
-
-
-def test_everything_asked_for_reaches_the_engine() -> None:
-    async def test() -> None:
-        engine = FakeEngine()
-        async with running_client(engine) as client:
-            await client.complete_choices(
-                "x",
-                model="fake",
-                priority=-7,
-                cache_salt="mine",
-                temperature=0.5,
-                top_k=4,
-                top_p=0.5,
-                min_p=0.25,
-                repetition_penalty=1.5,
-                presence_penalty=-1.0,
-                frequency_penalty=2.0,
-                logit_bias={9: 1.5, 3: -100.0},
-                seed=11,
-                max_tokens=9,
-                min_tokens=2,
-                stop_token_ids=[5, 4, 5],
-                ignore_eos=True,
-                n=2,
-                logprobs=3,
-                prompt_logprobs=0,
-            )
-            await client.complete("x", max_tokens=3)
-        asked, plain = engine.requests
-        assert asked == replace(
-            asked,
-            n=2,
-            priority=-7,
-            cache_salt="mine",
-            max_tokens=9,
-            min_tokens=2,
-            stop_token_ids=(5, 4, 5),
-            ignore_eos=True,
-            logprobs=3,
-            prompt_logprobs=0,
-        )
-        sampling = asked.sampling
-        assert sampling == replace(
-            sampling,
-            temperature=0.5,
-            top_k=4,
-            top_p=0.5,
-            min_p=0.25,
-            repetition_penalty=1.5,
-            presence_penalty=-1.0,
-            frequency_penalty=2.0,
-            logit_bias=((3, -100.0), (9, 1.5)),
-            seed=11,
-        )
-        assert plain == Request(
-            plain.request_id, plain.prompt_token_ids, 3, eos_token_ids=plain.eos_token_ids
-        )
-
-    run(test())
-
-
-def test_chats_as_they_are_asked_for() -> None:
-    async def test() -> None:
-        messages = [Message("user", "hi", name="Ada"), Message("assistant", "I")]
-        async with running_client(FakeEngine()) as client:
-
-            async def rendered(**options) -> str:
-                return await client.detokenize(await client.tokenize(messages, **options))
-
-            assert await rendered() == "[user(Ada)]hi[assistant]I$[a]"
-            assert await rendered(add_generation_prompt=False) == "[user(Ada)]hi[assistant]I$"
-            assert await rendered(continue_final_message=True) == "[user(Ada)]hi[assistant]I"
-            arguments = {"b": "true", "c": "True", "d": "false"}
-            assert (await rendered(template_arguments=arguments)).startswith(
-                "b=True;c='True';d=False;[user"
-            )
-            ids = await client.tokenize(messages, continue_final_message=True)
-            done = await client.complete(messages, max_tokens=3, continue_final_message=True)
-            assert list(done.token_ids) == expected_token_ids(ids, 3)
-            for prompt in ("text", [1, 2]):
-                with pytest.raises(ValueError, match="for a prompt of messages"):
-                    await client.complete(prompt, add_generation_prompt=False)
-            with pytest.raises(ValueError, match="stop must be several strings, got 'abc'"):
-                await client.complete("x", stop="abc")
 
     run(test())
