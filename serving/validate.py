@@ -5,7 +5,7 @@ Every function raises ``ValueError`` naming the field, the value and the limit.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -136,8 +136,13 @@ def check_generation(request: pb.GenerateRequest, model_name: str) -> None:
         if sampling.HasField(name):
             LIMITS[name].check(name, getattr(sampling, name))
     LIMITS["num_ending_token_ids"].check("number of stop_token_ids", len(sampling.stop_token_ids))
-    LIMITS["num_stop"].check("number of stop", len(sampling.stop))
-    for i, stop in enumerate(sampling.stop):
+    check_stop(sampling.stop)
+
+
+def check_stop(stops: Sequence[str]) -> None:
+    """Checks stop strings."""
+    LIMITS["num_stop"].check("number of stop", len(stops))
+    for i, stop in enumerate(stops):
         LIMITS["stop_characters"].check(f"characters of stop[{i}]", len(stop))
 
 
