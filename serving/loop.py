@@ -272,8 +272,9 @@ class EngineLoop:
         # old one's abort in the inbox, so what is here under an id is what an abort is for.
         active: dict[str, _Add] = {}
         is_stopping = False
+        delivery = _Delivery()
         while not is_stopping:
-            delivery = _Delivery()
+            delivery = _Delivery(stats=delivery.stats)
             for command in self._commands():
                 match command:
                     case _Add():
@@ -292,8 +293,10 @@ class EngineLoop:
             if active and not self._engine.has_unfinished:
                 # Blocking on the inbox now would leave their clients waiting for ever.
                 raise RuntimeError(f"the engine lost {sorted(active)}")
-            delivery.stats = self._engine.stats
-            self._tell(self._deliver, delivery)
+            told, delivery.stats = delivery.stats, self._engine.stats
+            # An engine with work in flight often has nothing to say: that wakes nobody.
+            if delivery.outputs or delivery.failed or delivery.stats != told:
+                self._tell(self._deliver, delivery)
 
     def _commands(self) -> list[_Add | _Abort | _Stop]:
         """What waits in the inbox; blocks for the first one while the engine has nothing to do."""
