@@ -195,7 +195,8 @@ def test_an_engine_that_tells_later_is_waited_for() -> None:
 
 def test_the_client_sees_choices_side_by_side() -> None:
     async def test() -> None:
-        engine = FakeEngine(step_seconds=1e-3)
+        # Slow enough that a reader on a busy machine does not find everything merged.
+        engine = FakeEngine(step_seconds=5e-3)
         async with running_client(engine) as client:
             options = {"max_tokens": 20, "n": 4, "temperature": 1.0, "seed": 9}
             events = [event async for event in client.generate(list(PROMPT), **options)]

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.stop_strings import StopPatterns, StopStrings
@@ -29,9 +29,10 @@ def texts(alphabet: str, max_size: int) -> st.SearchStrategy[str]:
     return st.text(alphabet, max_size=max_size)
 
 
+@settings(max_examples=400)
 @given(
     data=st.data(),
-    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=5),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
     text=texts("abc", 60) | texts("ab", 30),
     include=st.booleans(),
 )
@@ -84,6 +85,10 @@ def test_text_that_is_not_yet_allowed_to_match_can_begin_a_match() -> None:
     assert matcher.add("xab", may_match=False) == ("x", None)
     assert matcher.add("a") == ("", None)
     assert matcher.add("b") == ("", "abab")
+    # The end of one that did not match can begin the next.
+    matcher = StopStrings(StopPatterns(["aba"]))
+    assert matcher.add("xaba", may_match=False) == ("xab", None)
+    assert matcher.add("ba") == ("", "aba")
     matcher = StopStrings(StopPatterns(["ab"]))
     # What can be no beginning of anything any more is not held.
     assert matcher.add("xab", may_match=False) == ("xab", None)
