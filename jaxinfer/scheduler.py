@@ -182,11 +182,9 @@ class Scheduler:
                 known = len(sequence.prompt_logprobs) - scheduled.start
                 sequence.prompt_logprobs += output.prompt_logprobs[known:]
             if scheduled.samples:
-                num_sampled = 1 if scheduled.token_ids else scheduled.num_tokens
-                sequence.num_in_flight_tokens -= num_sampled
-                sequence.num_computed_tokens -= num_sampled - len(output.token_ids)
-                if output.token_ids:
-                    outputs.append(self._append(sequence, output))
+                # Fewer come only when the last of them ends the sequence.
+                sequence.num_in_flight_tokens -= 1 if scheduled.token_ids else scheduled.num_tokens
+                outputs.append(self._append(sequence, output))
         return outputs
 
     def check_integrity(self) -> None:

@@ -89,6 +89,7 @@ class PagePoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = PagePool(NUM_PAGES, page_size=4)
         self.holders: list[tuple[int, ...]] = []
+        self.kept: list[int] = []
 
     @rule(num_pages=st.integers(0, NUM_PAGES + 1))
     def allocate(self, num_pages: int) -> None:
@@ -98,6 +99,10 @@ class PagePoolMachine(RuleBasedStateMachine):
         if page_ids is not None:
             assert len(set(page_ids)) == num_pages
             assert not {i for held in self.holders for i in held} & set(page_ids)
+            # Kept pages go last, in the order in which they were freed.
+            num_kept_taken = max(0, num_pages - (num_free - len(self.kept)))
+            assert set(self.kept) & set(page_ids) == set(self.kept[:num_kept_taken])
+            del self.kept[:num_kept_taken]
             self.holders.append(page_ids)
 
     @precondition(lambda self: self.holders)
@@ -108,17 +113,32 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.pool.share(page_ids)
         self.holders.append(page_ids)
 
-    @precondition(lambda self: self.holders)
+    @precondition(lambda self: self.kept)
     @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.holders) - 1))
-        self.pool.free(self.holders.pop(index))
+    def share_kept(self, data: st.DataObject) -> None:
+        page_ids = data.draw(st.lists(st.sampled_from(self.kept), unique=True))
+        num_free = self.pool.num_free
+        assert self.pool.num_kept_among(page_ids) == len(page_ids)
+        self.pool.share(page_ids)
+        assert self.pool.num_free == num_free - len(page_ids)
+        self.kept = [page_id for page_id in self.kept if page_id not in page_ids]
+        self.holders.append(tuple(page_ids))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), keeps=st.booleans())
+    def free(self, data: st.DataObject, keeps: bool) -> None:
+        page_ids = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        self.pool.free(page_ids, keep=page_ids if keeps else ())
+        held = {i for held in self.holders for i in held}
+        if keeps:
+            self.kept += [page_id for page_id in reversed(page_ids) if page_id not in held]
 
     @invariant()
     def books_agree(self) -> None:
         self.pool.check_integrity(self.holders)
         held = {i for page_ids in self.holders for i in page_ids}
         assert self.pool.num_free == NUM_PAGES - len(held)
+        assert self.pool.num_kept == len(self.kept)
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase

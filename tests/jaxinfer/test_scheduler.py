@@ -1,5 +1,6 @@
 """The scheduler against a fake device that has real pages, real slots and a made-up model."""
 
+import dataclasses
 from collections import deque
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_prompt_is_admitted_only_with_room_for_the_next_token(
     scheduler.schedule()
     assert scheduler.stats.num_free_pages == 4
     scheduler.add(make_request("another", prompt_len, 8))
-    assert bool(scheduler.schedule()) is is_admitted
+    assert bool(scheduler.schedule().chunks) is is_admitted
 
 
 def test_end_of_sequence_token_is_kept_and_ends_the_request() -> None:
@@ -276,6 +277,31 @@ def test_a_prompt_is_found_from_the_next_call_on() -> None:
     answer = solo(Request("a", prompt, 9, ignore_eos=True))[0]
     scheduler.add(Request("f", (*prompt, *answer, 3), 2))
     assert scheduler.schedule().chunks[0].start == 24
+
+
+@pytest.mark.parametrize("max_steps_per_call", [1, 4])
+def test_the_page_that_a_stop_token_fills_is_not_found(max_steps_per_call: int) -> None:
+    """The device ends the sequence there: nobody computes the last token's keys and values."""
+    config = EngineConfig(**{**vars(ROOMY), "max_steps_per_call": max_steps_per_call})
+    scheduler, device = Scheduler(config), FakeDevice(config)
+    plain = make_request("abc", 5, 30, ignore_eos=True)
+    answer = solo(plain)[0]
+    size = next(n for n in (11, 7, 3) if answer[n - 1] not in answer[: n - 1])
+    request = dataclasses.replace(plain, stop_token_ids=(answer[size - 1],))
+    scheduler.add(request)
+    in_flight: deque[tuple[Schedule, StepOutput]] = deque()
+    while scheduler.has_unfinished:
+        schedule = scheduler.schedule()
+        in_flight.append((schedule, device.run(schedule)))
+        if len(in_flight) > 1:
+            scheduler.update(*in_flight.popleft())
+    known = (*request.prompt_token_ids, *answer[:size])
+    assert len(known) % 4 == 0
+    scheduler.add(Request("next", (*known, 5, 6), 1))
+    schedule = scheduler.schedule()
+    # All pages of the output but the last one, though calls ran ahead.
+    assert schedule.chunks[0].start == len(known) - 4
+    device.run(schedule)
 
 
 def test_salts_do_not_share_and_one_request_shares_with_itself() -> None:
