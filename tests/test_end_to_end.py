@@ -52,7 +52,9 @@ def options_of(stream: int) -> GenerateOptions:
     if stream % 2:
         options |= {"temperature": 0.7 + 0.05 * stream, "seed": stream, "top_p": 0.95}
     if stream % 4 == 3:
-        options |= {"top_k": 20}
+        options |= {"top_k": 20, "min_p": 0.02, "frequency_penalty": 0.4}
+    if stream % 5 == 2:
+        options |= {"repetition_penalty": 1.2, "logit_bias": {198: -3.0}, "priority": stream}
     return options
 
 
@@ -85,6 +87,31 @@ def test_concurrent_streams_equal_their_solo_runs(
         assert alone.text == beside.text
         assert len(alone.token_ids) == 8 + i
     assert len({completion.token_ids for completion in solo}) == NUM_STREAMS
+
+
+def test_choices_stop_strings_and_logprobs(
+    server: tuple[subprocess.Popen[str], str],
+) -> None:
+    options: GenerateOptions = {"max_tokens": 40, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    with Client(server[1]) as client:
+        whole = client.complete_choices(prompt_of(1), n=4, **options)
+        assert len({completion.token_ids for completion in whole}) == 4
+        assert whole[0].token_ids == client.complete(prompt_of(1), **options).token_ids
+        # The end of the text stays where it was, and nothing of the stop string gets out.
+        text = whole[0].text
+        stop = text[len(text) // 2 : len(text) // 2 + 7]
+        before = text[: text.index(stop)]
+        cut = client.complete(prompt_of(1), stop=["never this", stop], **options)
+        assert (cut.text, cut.finished.reason) == (before, "stop")
+        assert cut.finished.stop_string == stop
+        assert cut.token_ids == whole[0].token_ids[: len(cut.token_ids)]
+
+        scored = client.complete(prompt_of(1), logprobs=3, prompt_logprobs=1, **options)
+        assert scored.token_ids == whole[0].token_ids
+        assert len(scored.started.prompt_logprobs) == len(prompt_of(1))
+        load = client.load()
+        assert load.num_cached_tokens > 0
+        assert load.num_free_pages == load.num_pages
 
 
 def test_a_chat_equals_the_reference(server: tuple[subprocess.Popen[str], str]) -> None:
