@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.request import LIMITS
 from jaxinfer.schedule import Schedule, ScheduledSequence
+
+MAX_ENDING_TOKENS = int(LIMITS["num_ending_token_ids"].high)
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,49 @@ class BatchShape:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class SlotColumns:
+    """What a slot's request asks for, [S] each; see ``request.SamplingParams`` for meanings.
+
+    ``end_positions``: the position at which ``max_tokens`` is exceeded. ``num_logprobs`` is -1 for
+    none. ``ending_ids`` [S, K] is padded with -1.
+    """
+
+    temperature: jax.Array  # float32
+    top_p: jax.Array  # float32
+    min_p: jax.Array  # float32
+    repetition_penalty: jax.Array  # float32
+    presence_penalty: jax.Array  # float32
+    frequency_penalty: jax.Array  # float32
+    top_k: jax.Array
+    seeds: jax.Array  # [S, 2] uint32, low and high word
+    choices: jax.Array
+    prompt_lens: jax.Array
+    min_tokens: jax.Array
+    end_positions: jax.Array
+    num_biases: jax.Array
+    num_logprobs: jax.Array
+    ending_ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Device view. S slots, P pages per sequence, D decodes, N tiles of B rows, R = D + N.
+    """Device view. S slots, P pages per sequence, D decodes, N tiles of B rows.
 
     A slot of S means padding: it is out of bounds and what is written there is dropped.
     """
 
     page_table: jax.Array  # [S, P] int32, by slot
+    slots: SlotColumns
+    num_steps: jax.Array  # [] int32, how many steps a call without chunks may run
     decode_slots: jax.Array  # [D] int32
     chunk_slots: jax.Array  # [N] int32
     chunk_starts: jax.Array  # [N] int32, position of the tile's first token
     chunk_lens: jax.Array  # [N] int32
     chunk_samples: jax.Array  # [N] int32, 1 where the tile's last token yields a new one
+    chunk_scores: jax.Array  # [N] int32, 1 where prompt log-probabilities are wanted
+    chunk_next: jax.Array  # [N] int32, the prompt's token after the tile
     chunk_tokens: jax.Array  # [N, B] int32
-    temperature: jax.Array  # [R] float32
-    top_p: jax.Array  # [R] float32
-    top_k: jax.Array  # [R] int32
-    seeds: jax.Array  # [R, 2] uint32
-    choices: jax.Array  # [R] int32
 
 
 def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
@@ -79,78 +107,149 @@ def fitting_shape(
 
 def packed_size(shape: BatchShape, config: EngineConfig) -> int:
     """Length of the packed int32 buffer."""
-    return sum(math.prod(dimensions) for dimensions, _ in _fields(shape, config).values())
+    return _size(_slot_fields(config)) + _size(_row_fields(shape, config))
 
 
 def unpack(packed: jax.Array, shape: BatchShape, config: EngineConfig) -> Batch:
     """Splits the buffer into its views; free inside a compiled program."""
     views, offset = {}, 0
-    for name, (dimensions, dtype) in _fields(shape, config).items():
+    for name, (dimensions, dtype) in (_slot_fields(config) | _row_fields(shape, config)).items():
         size = math.prod(dimensions)
         view = packed[offset : offset + size].reshape(dimensions)
         views[name] = jax.lax.bitcast_convert_type(view, jnp.dtype(dtype))
         offset += size
-    return Batch(**views)
+    slots = SlotColumns(**{name: views.pop(name) for name in SlotColumns.__dataclass_fields__})
+    return Batch(**views, slots=slots)
 
 
-def pack(
-    schedule: Schedule, shape: BatchShape, config: EngineConfig
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The packed buffer, and for every sequence that samples the logits row of its new token."""
-    packed = np.zeros(packed_size(shape, config), np.int32)
-    views, offset = {}, 0
-    for name, (dimensions, dtype) in _fields(shape, config).items():
-        size = math.prod(dimensions)
-        views[name] = packed[offset : offset + size].view(dtype).reshape(dimensions)
-        offset += size
-    views["decode_slots"][:] = config.max_num_seqs
-    views["chunk_slots"][:] = config.max_num_seqs
+class Packer:
+    """Writes schedules into packed buffers. What slots ask for, and their pages, are kept here.
 
-    rows: dict[str, int] = {}
-    for row, decode in enumerate(schedule.decodes):
-        views["decode_slots"][row] = decode.slot
-        _pack_sequence(views, decode, row)
-        rows[decode.request_id] = row
-    tile, size = 0, config.chunk_tile
-    for chunk in schedule.chunks:
+    A slot's row is written when its sequence is admitted, and grows by the pages that are new: a
+    step costs the host a copy and a few numbers a row.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._slot_part = np.zeros(_size(_slot_fields(config)), np.int32)
+        self._slots = _views(self._slot_part, _slot_fields(config))
+        self._admissions = [-1] * config.max_num_seqs
+        self._num_pages = [0] * config.max_num_seqs
+
+    def pack(self, schedule: Schedule, shape: BatchShape) -> tuple[np.ndarray, list[int]]:
+        """A new buffer, and for every scheduled sequence its logits row, decodes before chunks."""
+        for sequence in schedule.decodes:
+            self._update_slot(sequence)
+        for sequence in schedule.chunks:
+            self._update_slot(sequence)
+        packed = np.empty(packed_size(shape, self._config), np.int32)
+        packed[: self._slot_part.size] = self._slot_part
+        rows_part = packed[self._slot_part.size :]
+        rows_part[:] = 0
+        views = _views(rows_part, _row_fields(shape, self._config))
+        views["num_steps"][...] = schedule.num_steps
+        views["decode_slots"][:] = self._config.max_num_seqs
+        views["chunk_slots"][:] = self._config.max_num_seqs
+        decode_slots = [decode.slot for decode in schedule.decodes]
+        views["decode_slots"][: len(decode_slots)] = decode_slots
+        rows = list(range(len(decode_slots)))
+        tile = 0
+        for chunk in schedule.chunks:
+            tile = self._pack_chunk(views, chunk, tile)
+            rows.append(shape.num_decodes + tile - 1)
+        return packed, rows
+
+    def _pack_chunk(self, views: dict[str, np.ndarray], chunk: ScheduledSequence, tile: int) -> int:
+        """Writes a chunk's tiles from ``tile`` on; the first tile after them."""
+        size = self._config.chunk_tile
+        following = (*chunk.token_ids[1:], chunk.next_token_id)
+        # Choices share their prompt: it is scored once.
+        scores = chunk.request.prompt_logprobs is not None and chunk.choice == 0
         for first in range(0, len(chunk.token_ids), size):
             tokens = chunk.token_ids[first : first + size]
             views["chunk_slots"][tile] = chunk.slot
             views["chunk_starts"][tile] = chunk.start + first
             views["chunk_lens"][tile] = len(tokens)
+            views["chunk_scores"][tile] = scores
+            views["chunk_next"][tile] = following[first + len(tokens) - 1]
             views["chunk_tokens"][tile, : len(tokens)] = tokens
             tile += 1
-        row = shape.num_decodes + tile - 1
-        _pack_sequence(views, chunk, row)
-        if chunk.samples:
-            views["chunk_samples"][tile - 1] = 1
-            rows[chunk.request_id] = row
-    return packed, rows
+        views["chunk_samples"][tile - 1] = chunk.samples
+        return tile
+
+    def _update_slot(self, sequence: ScheduledSequence) -> None:
+        slot, page_ids = sequence.slot, sequence.page_ids
+        if self._admissions[slot] != sequence.admission:
+            self._admissions[slot] = sequence.admission
+            self._num_pages[slot] = 0
+            self._write_columns(sequence)
+        known = self._num_pages[slot]
+        if len(page_ids) != known:
+            self._slots["page_table"][slot, known : len(page_ids)] = page_ids[known:]
+            self._num_pages[slot] = len(page_ids)
+
+    def _write_columns(self, sequence: ScheduledSequence) -> None:
+        request, sampling = sequence.request, sequence.request.sampling
+        prompt_len = len(request.prompt_token_ids)
+        ending = request.ending_token_ids
+        values = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "top_k": sampling.top_k,
+            "seeds": (sampling.seed & 0xFFFFFFFF, sampling.seed >> 32),
+            "choices": sequence.choice,
+            "prompt_lens": prompt_len,
+            "min_tokens": request.min_tokens,
+            "end_positions": prompt_len + request.max_tokens,
+            "num_biases": len(sampling.logit_bias),
+            "num_logprobs": -1 if request.logprobs is None else request.logprobs,
+            "ending_ids": ending + (-1,) * (MAX_ENDING_TOKENS - len(ending)),
+        }
+        for name, value in values.items():
+            self._slots[name][sequence.slot] = value
 
 
-def _pack_sequence(views: dict[str, np.ndarray], sequence: ScheduledSequence, row: int) -> None:
-    views["page_table"][sequence.slot, : len(sequence.page_ids)] = sequence.page_ids
-    sampling = sequence.sampling
-    views["temperature"][row] = sampling.temperature
-    views["top_p"][row] = sampling.top_p
-    views["top_k"][row] = sampling.top_k
-    views["seeds"][row] = sampling.seed & 0xFFFFFFFF, sampling.seed >> 32
+type _Fields = dict[str, tuple[tuple[int, ...], type]]
 
 
-def _fields(shape: BatchShape, config: EngineConfig) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Name -> (dimensions, dtype of 4 bytes), in the order of the packed buffer."""
-    decodes, tiles, rows = shape.num_decodes, shape.num_tiles, shape.num_logits_rows
-    return {
-        "page_table": ((config.max_num_seqs, config.max_pages_per_sequence), np.int32),
-        "decode_slots": ((decodes,), np.int32),
-        "chunk_slots": ((tiles,), np.int32),
-        "chunk_starts": ((tiles,), np.int32),
-        "chunk_lens": ((tiles,), np.int32),
-        "chunk_samples": ((tiles,), np.int32),
-        "chunk_tokens": ((tiles, config.chunk_tile), np.int32),
-        "temperature": ((rows,), np.float32),
-        "top_p": ((rows,), np.float32),
-        "top_k": ((rows,), np.int32),
-        "seeds": ((rows, 2), np.uint32),
-        "choices": ((rows,), np.int32),
+def _slot_fields(config: EngineConfig) -> _Fields:
+    """What is kept by slot: name -> (dimensions, dtype of 4 bytes), in the buffer's order."""
+    slots = config.max_num_seqs
+    floats = {"temperature", "top_p", "min_p"} | {
+        f"{kind}_penalty" for kind in ("repetition", "presence", "frequency")
     }
+    fields: _Fields = {"page_table": ((slots, config.max_pages_per_sequence), np.int32)}
+    for name in SlotColumns.__dataclass_fields__:
+        fields[name] = ((slots,), np.float32 if name in floats else np.int32)
+    fields["seeds"] = ((slots, 2), np.uint32)
+    fields["ending_ids"] = ((slots, MAX_ENDING_TOKENS), np.int32)
+    return fields
+
+
+def _row_fields(shape: BatchShape, config: EngineConfig) -> _Fields:
+    """What differs from step to step, behind the slots' part."""
+    decodes, tiles = shape.num_decodes, shape.num_tiles
+    by_tile = ("slots", "starts", "lens", "samples", "scores", "next")
+    return {
+        "num_steps": ((), np.int32),
+        "decode_slots": ((decodes,), np.int32),
+        **{f"chunk_{name}": ((tiles,), np.int32) for name in by_tile},
+        "chunk_tokens": ((tiles, config.chunk_tile), np.int32),
+    }
+
+
+def _size(fields: _Fields) -> int:
+    return sum(math.prod(dimensions) for dimensions, _ in fields.values())
+
+
+def _views(buffer: np.ndarray, fields: _Fields) -> dict[str, np.ndarray]:
+    views, offset = {}, 0
+    for name, (dimensions, dtype) in fields.items():
+        size = math.prod(dimensions)
+        views[name] = buffer[offset : offset + size].view(dtype).reshape(dimensions)
+        offset += size
+    return views

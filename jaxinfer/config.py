@@ -127,7 +127,9 @@ class EngineConfig:
     the KV cache. ``prefix_cache``: keep the pages of finished requests for prompts that begin
     alike. ``max_steps_per_call``: decode steps that run in one call of the device while nobody
     waits. ``priority_seconds``: how much longer a request waits than one of the next higher
-    priority, before it goes first all the same.
+    priority, before it goes first all the same. ``steps_ahead``: calls of the device that are sent
+    before the one before them is read; 0 waits for each. ``batch_invariant``: on CPU in float32 a
+    request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
     """
 
     max_num_seqs: int = 16
@@ -139,6 +141,8 @@ class EngineConfig:
     prefix_cache: bool = True
     max_steps_per_call: int = 1
     priority_seconds: float = 10.0
+    steps_ahead: int = 1
+    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
         limits = {
@@ -150,6 +154,7 @@ class EngineConfig:
             "chunk_tile": (8, 512),
             "max_steps_per_call": (1, 256),
             "priority_seconds": (0, 86400),
+            "steps_ahead": (0, 8),
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:

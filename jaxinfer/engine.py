@@ -1,9 +1,13 @@
 """The engine: requests in, tokens out. The one place where host scheduling meets device state."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,16 +17,26 @@ from jax.sharding import Mesh
 
 from jaxinfer import models
 from jaxinfer import step as step_program
-from jaxinfer.batch import BatchShape, batch_shapes, fitting_shape, pack
+from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.kv_cache import page_bytes
-from jaxinfer.request import Request, SamplingParams
-from jaxinfer.schedule import EngineStats, RequestOutput, Schedule, ScheduledSequence, StepOutput
+from jaxinfer.request import Request
+from jaxinfer.results import read_result
+from jaxinfer.schedule import EngineStats, RequestOutput, Schedule, ScheduledSequence
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import abstract_parameters
-from jaxinfer.step import Parameters
+from jaxinfer.step import Parameters, StepResult
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the device that was sent and is not read yet."""
+
+    schedule: Schedule
+    result: StepResult
+    rows: list[int]
 
 
 class Engine:
@@ -40,25 +54,43 @@ class Engine:
         self.abstract_parameters = abstract_parameters(state, mesh)
         self._abstract_state = step_program.abstract_state(model, config, dtypes, mesh)
         self._platform = mesh.devices.flat[0].platform
-        self._shapes = batch_shapes(config)
-        self._programs: dict[tuple[Any, BatchShape], Any] = {}
+        self.shapes = batch_shapes(config)
+        self._programs: dict[BatchShape, Any] = {}
+        self._set_slot: Any = None
         self._scheduler = Scheduler(config)
-        # Of requests that live: when they were added, and how long they waited for a first step.
+        self._packer = Packer(config)
+        self._in_flight: deque[_Call] = deque()
+        # Of requests that live: when they were added, and how long each choice waited.
         self._added_times: dict[str, float] = {}
-        self._queue_seconds: dict[str, float] = {}
+        self._queue_seconds: dict[tuple[str, int], float] = {}
         self._parameters: Parameters | None = None
         self._state: step_program.StepState | None = None
-
-    @property
-    def num_programs(self) -> int:
-        """How many step programs ``compile`` makes."""
-        return len(self._shapes)
+        self._host_seconds: defaultdict[str, float] = defaultdict(float)
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache over all devices."""
         size = page_bytes(self.model, self.config.page_size, self.dtypes.kv_cache)
         return self.config.num_pages * size
+
+    @property
+    def memory_by_program(self) -> dict[BatchShape, int]:
+        """Bytes of temporaries of each step program, on each device."""
+        return {
+            shape: program.memory_analysis().temp_size_in_bytes
+            for shape, program in self._programs.items()
+        }
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """What the engine keeps on each of its devices, in bytes."""
+        state = self._abstract_state
+        return {
+            "parameters": _device_bytes(self.abstract_parameters),
+            "kv cache": _device_bytes(state.kv_pages),
+            "slots": _device_bytes(dataclasses.replace(state, kv_pages=())),
+            "temporaries": max(self.memory_by_program.values(), default=0),
+        }
 
     @property
     def has_unfinished(self) -> bool:
@@ -70,12 +102,42 @@ class Engine:
         """Counts for load reports."""
         return self._scheduler.stats
 
-    def compile(self, progress: Progress | None = None) -> None:
-        """Compiles every step program, several at a time. Nothing compiles after this.
+    @property
+    def host_seconds(self) -> dict[str, float]:
+        """Where the host's time went since start, in seconds, over ``sent`` and ``read`` calls.
 
-        ``progress(done, total)`` is called from this thread as programs are finished.
+        ``schedule``, ``pack``, ``dispatch``, ``wait`` (for the device), ``convert``, ``update``.
         """
-        self._compile([(step_program.step, shape) for shape in self._shapes], progress)
+        return dict(self._host_seconds)
+
+    def compile(
+        self, progress: Progress | None = None, shapes: Sequence[BatchShape] | None = None
+    ) -> None:
+        """Compiles the step programs, several at a time. Nothing compiles after this.
+
+        ``shapes``: only some of ``self.shapes``, the largest among them; steps are padded up to
+        those. ``progress(done, total)`` is called from this thread as programs are finished.
+        """
+        shapes = self.shapes if shapes is None else tuple(shapes)
+        if self.shapes[-1] not in shapes:
+            raise ValueError(f"the largest shape, {self.shapes[-1]}, must be compiled")
+        options = step_program.compiler_options(
+            self._platform, self.dtypes, self.config.batch_invariant
+        )
+        programs: dict[BatchShape | None, Any] = {}
+        # Tracing holds the interpreter's lock, compiling does not: two threads keep two cores busy.
+        with ThreadPoolExecutor(max_workers=2) as threads:
+            compiling = {}
+            for shape in (*reversed(shapes), None):
+                lowered = self._lower(shape)
+                future = threads.submit(lowered.compile, compiler_options=options)
+                compiling[future] = shape
+            for done, future in enumerate(as_completed(compiling), start=1):
+                programs[compiling[future]] = future.result()
+                if progress:
+                    progress(done, len(compiling))
+        self._set_slot = programs.pop(None)
+        self._programs = {shape: programs[shape] for shape in shapes}
 
     def start(self, parameters: Parameters) -> None:
         """Takes the parameters and allocates the device state.
@@ -94,109 +156,115 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
         request.check_fits(self.model.vocab_size, self.config.max_model_len)
-        self._scheduler.add(request)
-        self._added_times[request.request_id] = time.perf_counter()
+        now = time.monotonic()
+        self._scheduler.add(request, now)
+        self._added_times[request.request_id] = now
 
-    def abort(self, request_id: str) -> None:
-        """Forgets a request and frees its pages; unknown and finished ids are ignored."""
-        self._scheduler.abort(request_id)
-        self._forget(request_id)
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """Forgets a request, or one choice of it, and frees its pages; unknown ids are ignored."""
+        for output in self._scheduler.abort(request_id, choice):
+            self._forget(output)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and returns what it yielded; [] when there is nothing to do."""
-        schedule = self._scheduler.schedule()
-        if not schedule:
-            return []
-        now = time.perf_counter()
-        for chunk in schedule.chunks:
-            added = self._added_times[chunk.request_id]
-            self._queue_seconds.setdefault(chunk.request_id, now - added)
-        sampled, rows = self._dispatch(schedule)
-        token_ids = np.asarray(sampled)
-        output = StepOutput(tuple((name, (int(token_ids[row]),)) for name, row in rows.items()))
-        return [self._timed(output) for output in self._scheduler.update(schedule, output)]
+        """Sends the next step to the device and reads the one before; what that one yielded.
 
-    def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Negative log-likelihood in nats of tokens 1, 2, ... given all before: [n - 1] float32.
-
-        One window of at most max_model_len tokens; the engine must be idle, since the window's keys
-        and values take the first pages. Compiles its own program at first use.
+        [] is no sign of the end: see ``has_unfinished``.
         """
-        size, tile = len(token_ids), self.config.chunk_tile
-        if not 2 <= size <= self.config.max_model_len:
-            raise ValueError(f"a window of 2 to {self.config.max_model_len} tokens, got {size}")
-        if self.has_unfinished:
-            raise ValueError("score needs an idle engine, requests are still running")
-        shape = self._shapes[-1]
-        program = (step_program.score, shape)
-        if program not in self._programs:
-            self._compile([program], None)
-        losses = []
-        step_tokens = shape.num_tiles * tile
-        for start in range(0, size, step_tokens):
-            window = tuple(token_ids[start : start + step_tokens])
-            packed, _ = pack(self._scoring_schedule(start, window), shape, self.config)
-            targets = np.zeros(step_tokens, np.int32)
-            following = token_ids[start + 1 : start + 1 + step_tokens]
-            targets[: len(following)] = following
-            self._state, step_losses = self._programs[program](
-                self._parameters, self._state, packed, targets.reshape(shape.num_tiles, tile)
-            )
-            losses.append(np.asarray(step_losses).reshape(-1)[: len(following)])
-        return np.concatenate(losses)
+        with self._timed("schedule"):
+            schedule = self._scheduler.schedule()
+        if schedule:
+            self._in_flight.append(self._dispatch(schedule))
+            if len(self._in_flight) <= self.config.steps_ahead:
+                return []
+        if not self._in_flight:
+            return []
+        return self._read(self._in_flight.popleft())
 
-    def _timed(self, output: RequestOutput) -> RequestOutput:
-        queue_seconds = self._queue_seconds[output.request_id]
+    def _dispatch(self, schedule: Schedule) -> _Call:
+        """Sends a step to the device."""
+        now = time.monotonic()
+        for chunk in schedule.chunks:
+            if chunk.is_first:
+                waited = now - self._added_times[chunk.request_id]
+                self._queue_seconds.setdefault((chunk.request_id, chunk.choice), waited)
+                self._fill_slot(chunk)
+        with self._timed("pack"):
+            shape = fitting_shape(tuple(self._programs), schedule, self.config.chunk_tile)
+            packed, rows = self._packer.pack(schedule, shape)
+        with self._timed("dispatch"):
+            self._state, result = self._programs[shape](self._parameters, self._state, packed)
+        self._host_seconds["sent"] += 1
+        return _Call(schedule, result, rows)
+
+    def _read(self, call: _Call) -> list[RequestOutput]:
+        """Waits for a call and hands its tokens to the scheduler."""
+        with self._timed("wait"):
+            call.result.tokens.block_until_ready()
+        self._host_seconds["read"] += 1
+        with self._timed("convert"):
+            output = read_result(call.schedule, call.result, call.rows)
+        with self._timed("update"):
+            outputs = self._scheduler.update(call.schedule, output)
+            return [self._with_queue_time(output) for output in outputs]
+
+    def _fill_slot(self, chunk: ScheduledSequence) -> None:
+        """Gives the device what a new sequence's chunks do not bring, where something needs it."""
+        sampling = chunk.request.sampling
+        has_penalty = (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+        )
+        known = chunk.cached_token_ids if has_penalty else ()
+        if not known and not sampling.logit_bias:
+            return
+        tokens = np.zeros(self.config.max_model_len, np.int32)
+        tokens[: len(known)] = known
+        bias_ids = np.zeros(step_program.MAX_BIASES, np.int32)
+        bias_values = np.zeros(step_program.MAX_BIASES, np.float32)
+        for i, (token_id, bias) in enumerate(sampling.logit_bias):
+            bias_ids[i], bias_values[i] = token_id, bias
+        self._state = self._set_slot(
+            self._state, np.int32(chunk.slot), tokens, np.int32(len(known)), bias_ids, bias_values
+        )
+
+    def _with_queue_time(self, output: RequestOutput) -> RequestOutput:
+        queue_seconds = self._queue_seconds[output.request_id, output.choice]
         if output.finish_reason:
-            self._forget(output.request_id)
+            self._forget(output)
         return dataclasses.replace(output, queue_seconds=queue_seconds)
 
-    def _forget(self, request_id: str) -> None:
-        self._added_times.pop(request_id, None)
-        self._queue_seconds.pop(request_id, None)
+    def _forget(self, output: RequestOutput) -> None:
+        self._queue_seconds.pop((output.request_id, output.choice), None)
+        if not self._scheduler.is_live(output.request_id):
+            self._added_times.pop(output.request_id, None)
 
-    def _scoring_schedule(self, start: int, token_ids: tuple[int, ...]) -> Schedule:
-        pages = -(-(start + len(token_ids)) // self.config.page_size)
-        chunk = ScheduledSequence(
-            request_id="score",
-            slot=0,
-            start=start,
-            token_ids=token_ids,
-            page_ids=tuple(range(pages)),
-            samples=False,
-            sampling=SamplingParams(),
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._host_seconds[name] += time.perf_counter() - begun
+
+    def _lower(self, shape: BatchShape | None) -> Any:
+        if shape is None:
+            return step_program.lower_set_slot(self.config, self._abstract_state, self.mesh)
+        return step_program.lower(
+            self._graph,
+            self.config,
+            shape,
+            self.abstract_parameters,
+            self._abstract_state,
+            self.mesh,
         )
-        return Schedule(chunks=(chunk,))
 
-    def _dispatch(self, schedule: Schedule) -> tuple[jax.Array, dict[str, int]]:
-        """Sends a step to the device: the sampled tokens, not yet read, and whose row is which."""
-        shape = fitting_shape(self._shapes, schedule, self.config.chunk_tile)
-        packed, rows = pack(schedule, shape, self.config)
-        program = self._programs[step_program.step, shape]
-        self._state, sampled = program(self._parameters, self._state, packed)
-        return sampled, rows
 
-    def _compile(self, wanted: Sequence[tuple[Any, BatchShape]], progress: Progress | None) -> None:
-        options = step_program.compiler_options(self._platform, self.dtypes)
-        # Tracing holds the interpreter's lock, compiling does not: two threads keep two cores busy.
-        with ThreadPoolExecutor(max_workers=2) as threads:
-            compiling = {}
-            for program, shape in wanted:
-                lowered = step_program.lower(
-                    program,
-                    self._graph,
-                    self.config,
-                    shape,
-                    self.abstract_parameters,
-                    self._abstract_state,
-                    self.mesh,
-                )
-                future = threads.submit(lowered.compile, compiler_options=options)
-                compiling[future] = (program, shape)
-            for done, future in enumerate(as_completed(compiling), start=1):
-                self._programs[compiling[future]] = future.result()
-                if progress:
-                    progress(done, len(wanted))
+def _device_bytes(tree: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def check_parameters(wanted: Parameters, given: Parameters) -> None:

@@ -129,12 +129,11 @@ class Request:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "min_tokens", "n", "priority", "logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is None and name in ("logprobs", "prompt_logprobs"):
-                continue
-            LIMITS[name].check(name, value)
-            _check_whole(name, value)
+        numbers = ["max_tokens", "min_tokens", "n", "priority"]
+        numbers += [n for n in ("logprobs", "prompt_logprobs") if getattr(self, n) is not None]
+        for name in numbers:
+            LIMITS[name].check(name, getattr(self, name))
+            _check_whole(name, getattr(self, name))
         if not self.prompt_token_ids:
             raise ValueError("the prompt has no tokens; at least 1 is needed")
         if self.min_tokens > self.max_tokens:

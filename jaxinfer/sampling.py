@@ -6,54 +6,85 @@ depend on its batch, on chunking, preemption or speculation. Axis letters: R row
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.penalties import adjusted, changes_logits
+from jaxinfer.row_log import row_log
+from jaxinfer.sampling_columns import SamplingColumns, SlotTables
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SamplingColumns:
-    """One row a sampled token; see ``request.SamplingParams`` for meanings.
-
-    ``temperature`` [R] float32 (0: greedy), ``top_k`` [R] int32 (0: off), ``top_p`` [R] float32,
-    ``seeds`` [R, 2] uint32 (low and high word), ``choices`` [R] int32 (index among n choices).
-    """
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seeds: jax.Array
-    choices: jax.Array
+__all__ = ["SamplingColumns", "SlotTables", "gumbel_noise", "sample"]
 
 
-def sample(logits: jax.Array, positions: jax.Array, columns: SamplingColumns) -> jax.Array:
+def sample(
+    logits: jax.Array,
+    positions: jax.Array,
+    slots: jax.Array,
+    columns: SamplingColumns,
+    tables: SlotTables,
+) -> jax.Array:
     """Token ids [R] int32 for ``logits`` [R, V] float32, to stand at ``positions`` [R].
 
-    Greedy rows take the first arg max. Others take arg max(logits / temperature + Gumbel noise)
-    over the tokens that top_k and top_p leave, which draws from their softmax (Gumbel 1954).
+    ``slots`` [R] are rows of ``tables``; S or more is a padding row, which means nothing and costs
+    nothing. Greedy rows take the first arg max of the logits after penalties, biases and
+    ``min_tokens``. Others take arg max(logits / temperature + Gumbel noise) over the tokens that
+    top_k, top_p and min_p leave, which draws from their softmax (Gumbel 1954).
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    is_sampled = columns.temperature > 0
+    is_sampled = (columns.temperature > 0) & (slots < tables.tokens.shape[0])
+    is_changed = changes_logits(positions, slots, columns, tables)
 
-    def draw() -> jax.Array:
-        temperature = jnp.where(is_sampled, columns.temperature, 1.0)[:, None]
-        # Below 0 and at most 0 at the maximum, so that a tiny temperature cannot overflow.
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-        is_filtered = is_sampled & ((columns.top_k > 0) | (columns.top_p < 1))
-        lowest = jnp.full(scaled.shape[:1], jnp.iinfo(jnp.int32).min)
-        threshold = jax.lax.cond(
-            jnp.any(is_filtered),
-            lambda: jnp.where(is_filtered, _threshold(scaled, columns), lowest),
-            lambda: lowest,
+    def choose() -> jax.Array:
+        changed = jax.lax.cond(
+            jnp.any(is_changed),
+            lambda: adjusted(logits, positions, slots, columns, tables),
+            lambda: logits,
         )
-        survives = _ordered(scaled) >= threshold[:, None]
-        noise = gumbel_noise(columns.seeds, columns.choices, positions, logits.shape[-1])
-        noisy = jnp.where(survives, scaled + noise, -jnp.inf)
-        return jnp.where(is_sampled, jnp.argmax(noisy, axis=-1).astype(jnp.int32), greedy)
+        greedy = _first_arg_max(changed)
+        return jax.lax.cond(
+            jnp.any(is_sampled),
+            lambda: jnp.where(is_sampled, _draw(changed, positions, columns, is_sampled), greedy),
+            lambda: greedy,
+        )
 
-    return jax.lax.cond(jnp.any(is_sampled), draw, lambda: greedy)
+    # The outer branch, so that plain greedy rows pay for nothing but this arg max.
+    return jax.lax.cond(jnp.any(is_sampled | is_changed), choose, lambda: _first_arg_max(logits))
+
+
+def _first_arg_max(x: jax.Array) -> jax.Array:
+    """[R] int32 for ``x`` [R, V]; V - 1 in a row with NaN.
+
+    Two reductions that XLA:CPU vectorizes; it takes ``argmax``, of pairs, element by element.
+    """
+    last = x.shape[-1] - 1
+    token_ids = jnp.arange(last + 1, dtype=jnp.int32)[None, :]
+    is_largest = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, token_ids, last), axis=-1)
+
+
+def _draw(
+    logits: jax.Array, positions: jax.Array, columns: SamplingColumns, is_sampled: jax.Array
+) -> jax.Array:
+    """[R] int32; rows that are not ``is_sampled`` mean nothing."""
+    # XLA may flush subnormal numbers to 0, and 0 / 0 would be NaN; so would -inf - -inf.
+    tiny, lowest = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).min)
+    temperature = jnp.maximum(jnp.where(is_sampled, columns.temperature, 1.0), tiny)[:, None]
+    maximum = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), lowest)
+    # 0 at the maximum and below 0 elsewhere, so that a tiny temperature cannot overflow upwards.
+    scaled = (logits - maximum) / temperature
+    uses_top_p = is_sampled & (columns.top_p < 1)
+    is_filtered = uses_top_p | (is_sampled & (columns.top_k > 0))
+    by_ratio = _ordered(row_log(columns.min_p))  # exp(scaled) >= min_p; all tokens where that is 0
+    threshold = jax.lax.cond(
+        jnp.any(is_filtered),
+        lambda: jnp.where(
+            is_filtered, jnp.maximum(_threshold(scaled, columns, uses_top_p), by_ratio), by_ratio
+        ),
+        lambda: by_ratio,
+    )
+    noise = gumbel_noise(columns.seeds, columns.choices, positions, logits.shape[-1])
+    survives = _ordered(scaled) >= threshold[:, None]
+    return _first_arg_max(jnp.where(survives, scaled + noise, -jnp.inf))
 
 
 def gumbel_noise(
@@ -88,8 +119,11 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def _threshold(scaled: jax.Array, columns: SamplingColumns) -> jax.Array:
-    """[R] int32: tokens survive whose ordered bits reach it. ``scaled`` [R, V] has maximum 0."""
+def _threshold(scaled: jax.Array, columns: SamplingColumns, uses_top_p: jax.Array) -> jax.Array:
+    """[R] int32: tokens that top_k and top_p leave have ordered bits that reach it.
+
+    ``scaled`` [R, V] has maximum 0; ``uses_top_p`` [R] bool.
+    """
     vocab_size = scaled.shape[-1]
     ordered = _ordered(scaled)
     top_k = jnp.where(columns.top_k > 0, jnp.minimum(columns.top_k, vocab_size), vocab_size)
@@ -109,9 +143,9 @@ def _threshold(scaled: jax.Array, columns: SamplingColumns) -> jax.Array:
         return jnp.sum(jnp.where(ordered >= bar[:, None], mass, 0), axis=-1) >= target
 
     by_mass = jax.lax.cond(
-        jnp.any(columns.top_p < 1), lambda: _largest(holds_mass, target), lambda: by_count
+        jnp.any(uses_top_p), lambda: _largest(holds_mass, target), lambda: by_count
     )
-    return jnp.where(columns.top_p < 1, jnp.maximum(by_count, by_mass), by_count)
+    return jnp.where(uses_top_p, jnp.maximum(by_count, by_mass), by_count)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:

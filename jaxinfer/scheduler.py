@@ -1,4 +1,4 @@
-"""Decides which sequences run in a step and how many tokens each of them brings.
+"""Decides which sequences run in a call of the device and how many tokens each of them brings.
 
 Host only: never imports JAX, knows neither model nor device. There is no prefill phase and no
 decode phase, only one subtraction: ``num_tokens - num_computed_tokens``.
@@ -11,12 +11,13 @@ from operator import attrgetter
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.page_pool import PagePool
+from jaxinfer.prefix_cache import PrefixCache
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.schedule import (
     EngineStats,
     RequestOutput,
     Schedule,
-    ScheduledSequence,
+    SequenceOutput,
     StepOutput,
 )
 from jaxinfer.sequence import Sequence
@@ -25,10 +26,11 @@ _rank = attrgetter("rank")
 
 
 class Scheduler:
-    """Owns the sequences, the slots and the page pool. Not thread-safe.
+    """Owns the sequences, the slots, the page pool and the prefix cache. Not thread-safe.
 
-        add -> waiting --admit--> running --update--> finished
-                  ^----preempt------'
+        add --> waiting --admit--> running --update--> finished
+         |       ^  ^----preempt------'
+         '-> held back: the further choices of a request, until the first one's prompt is computed
 
     ``schedule`` gives each running sequence ``min(num_tokens - num_computed_tokens, budget)``,
     decodes before chunks, then admits waiting ones while slots, pages and budget last. If a page
@@ -40,27 +42,38 @@ class Scheduler:
     chunk that brings the last known token may leave a tile partly empty.
 
     Why it never stalls: the first in rank can preempt all others, and the pool holds
-    ``max_model_len`` tokens; so the first in rank brings tokens in every step until it finishes.
+    ``max_model_len`` tokens; so the first in rank brings tokens in every call until it finishes.
 
-    ``num_computed_tokens`` moves when a step is scheduled, not when it is read. A step may thus
-    be dispatched before the one before it is read, and ``update`` drops what comes late for a
-    sequence that was aborted, finished or preempted in between. Its pages can be given away at
-    once: the device runs steps in order, so the new holder's writes come after the late ones.
+    Calls run ahead. ``num_computed_tokens`` and ``num_in_flight_tokens`` move when a call is
+    scheduled, not when it is read, and the next one is scheduled as if every row of those in flight
+    had yielded its tokens. ``update`` drops what comes late for a sequence that was aborted,
+    finished or preempted in between. Its pages can be given away at once: the device runs calls in
+    order, so the new holder's writes come after the late ones.
+
+    Why cached pages can be trusted: a page is registered when all its tokens are known and calls
+    that compute them are scheduled, and found from the next ``schedule`` on, by calls that run
+    later. The last token of a finished sequence is left out: the device ended the sequence there,
+    and a call in flight did not compute it. Late writes go behind the known tokens.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.page_pool = PagePool(config.num_pages, config.page_size)
-        self._live: dict[str, Sequence] = {}
-        # Both sorted by rank, and every sequence that lives is in exactly one of them.
+        self._prefix_cache = PrefixCache(config.page_size)
+        # request id -> its choices that live.
+        self._live: dict[str, dict[int, Sequence]] = {}
+        # Both sorted by rank; a sequence that lives is in one of them, or held back.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._held_back: dict[str, list[Sequence]] = {}
+        self._last_chunks: list[Sequence] = []
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._arrivals = count()
         self._admissions = count()
         self._num_prompt_tokens = 0
         self._num_chunk_tokens = 0
         self._num_output_tokens = 0
+        self._num_cached_tokens = 0
         self._num_preemptions = 0
 
     @property
@@ -73,39 +86,65 @@ class Scheduler:
         """A snapshot. A prompt is counted when its first new token is known."""
         return EngineStats(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._waiting) + sum(map(len, self._held_back.values())),
             num_pages=self.page_pool.num_pages,
             num_free_pages=self.page_pool.num_free,
             num_prompt_tokens=self._num_prompt_tokens,
             num_chunk_tokens=self._num_chunk_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._num_preemptions,
+            num_cached_tokens=self._num_cached_tokens,
+            num_cached_pages=self.page_pool.num_kept,
         )
 
-    def add(self, request: Request) -> None:
-        """Lets a request wait. ``ValueError`` if its id is in use or it can never fit."""
+    def is_live(self, request_id: str) -> bool:
+        """Whether any choice of a request is unfinished."""
+        return request_id in self._live
+
+    def add(self, request: Request, arrival_seconds: float = 0.0) -> None:
+        """Lets the choices of a request wait. ``ValueError`` if its id is in use or it never fits.
+
+        ``arrival_seconds`` is the time on any clock that does not go backwards.
+        """
         if request.request_id in self._live:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         request.check_length(self.config.max_model_len)
-        sequence = Sequence(request, next(self._arrivals))
-        self._live[request.request_id] = sequence
-        insort(self._waiting, sequence, key=_rank)
+        arrival = next(self._arrivals)
+        seconds = arrival_seconds - request.priority * self.config.priority_seconds
+        # Without a common cache each request has a domain of its own, which its choices share.
+        domain = "shared" if self.config.prefix_cache else f"request {arrival}"
+        first, *others = (
+            Sequence(request, choice, (seconds, arrival, choice), f"{domain}:{request.cache_salt}")
+            for choice in range(request.n)
+        )
+        self._live[request.request_id] = {s.choice: s for s in (first, *others)}
+        insort(self._waiting, first, key=_rank)
+        if others:
+            self._held_back[request.request_id] = others
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """Ends a request at once; its last output, or ``None`` if there is no such request."""
-        sequence = self._live.get(request_id)
-        if sequence is None:
-            return None
-        self._end(sequence)
-        return _output(sequence, (), FinishReason.ABORT)
+    def abort(self, request_id: str, choice: int | None = None) -> list[RequestOutput]:
+        """Ends a request or one choice of it at once; the last output of each that was live."""
+        choices = self._live.get(request_id, {})
+        wanted = tuple(choices) if choice is None else (choice,)
+        ended = [choices[choice] for choice in wanted if choice in choices]
+        # The first choice last: its end lets those go on that were held back.
+        for sequence in reversed(ended):
+            self._register(sequence)
+            self._end(sequence)
+        return [sequence.output(SequenceOutput(), FinishReason.ABORT) for sequence in ended]
 
     def schedule(self) -> Schedule:
-        """Plans the next step and takes pages for the positions it computes."""
-        decoding = [s for s in self._running if s.is_decoding]
-        prefilling = deque(s for s in self._running if not s.is_decoding)
+        """Plans the next call and takes pages for the positions it computes."""
+        self._note_last_chunks()
+        prefilling = deque(s for s in self._running if s.is_prefilling)
+        # Whoever has all its tokens in flight only waits for them to be read.
+        decoding = [s for s in self._running if not s.is_prefilling and s.num_remaining_tokens > 0]
+        num_steps = 1 if prefilling else self._num_steps(decoding)
         num_tiles = self.config.max_num_batched_tokens // self.config.chunk_tile
 
-        decodes = [s for s in decoding if self._make_room(s, 1)]
+        decodes = [
+            s for s in decoding if self._make_room(s, min(num_steps, s.num_remaining_tokens))
+        ]
         chunks: dict[Sequence, int] = {}
         while num_tiles:
             sequence = prefilling.popleft() if prefilling else self._admit()
@@ -117,59 +156,93 @@ class Scheduler:
                 num_tiles -= -(-num_new_tokens // self.config.chunk_tile)
 
         self._num_chunk_tokens += sum(chunks.values())
+        self._last_chunks = list(chunks)
         # Room for a chunk may have been made by preempting a decode of higher rank, planned
         # above, but never a chunk: these are planned in order of rank.
         return Schedule(
-            decodes=tuple(_advance(s, 1) for s in decodes if s.is_running),
-            chunks=tuple(_advance(s, num_new_tokens) for s, num_new_tokens in chunks.items()),
+            decodes=tuple(s.schedule_decode(num_steps) for s in decodes if s.is_running),
+            chunks=tuple(s.schedule_chunk(num_new_tokens) for s, num_new_tokens in chunks.items()),
+            num_steps=num_steps,
         )
 
     def update(self, schedule: Schedule, step_output: StepOutput) -> list[RequestOutput]:
-        """Takes in what a step of ``schedule`` yielded; one output for each sequence it changed.
+        """Takes in what a call of ``schedule`` yielded; one output for each choice it changed.
 
-        Steps are read in the order in which they were scheduled.
+        Calls are read in the order in which they were scheduled.
         """
-        new_token_ids = dict(step_output.token_ids)
         outputs = []
-        for scheduled in chain(schedule.decodes, schedule.chunks):
-            sequence = self._live.get(scheduled.request_id)
+        scheduled_sequences = chain(schedule.decodes, schedule.chunks)
+        for scheduled, output in zip(scheduled_sequences, step_output.sequences, strict=True):
+            sequence = self._live.get(scheduled.request_id, {}).get(scheduled.choice)
             # Late: the request is gone, waits again, or has had a slot anew since.
             if sequence is None or sequence.admission != scheduled.admission:
                 continue
+            if output.prompt_logprobs:
+                # After a preemption some come again.
+                known = len(sequence.prompt_logprobs) - scheduled.start
+                sequence.prompt_logprobs += output.prompt_logprobs[known:]
             if scheduled.samples:
-                outputs.append(self._append(sequence, new_token_ids[scheduled.request_id]))
+                num_sampled = 1 if scheduled.token_ids else scheduled.num_tokens
+                sequence.num_in_flight_tokens -= num_sampled
+                sequence.num_computed_tokens -= num_sampled - len(output.token_ids)
+                if output.token_ids:
+                    outputs.append(self._append(sequence, output))
         return outputs
 
     def check_integrity(self) -> None:
         """Asserts what must hold between any two calls. For tests and idle times."""
-        self.page_pool.check_integrity(s.page_ids for s in self._live.values())
-        queued = self._waiting + self._running
-        assert len(queued) == len(self._live)
-        assert set(queued) == set(self._live.values())
+        live = [s for choices in self._live.values() for s in choices.values()]
+        self.page_pool.check_integrity(s.page_ids for s in live)
+        self._prefix_cache.check_integrity()
+        held_back = [s for choices in self._held_back.values() for s in choices]
+        queued = self._waiting + self._running + held_back
+        assert len(queued) == len(live)
+        assert set(queued) == set(live)
         for queue in (self._waiting, self._running):
             ranks = [s.rank for s in queue]
             assert ranks == sorted(ranks), f"queue out of order: {ranks}"
         slots = [s.slot for s in self._running if s.slot is not None] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), f"slots {slots}"
-        for s in self._waiting:
+        for s in self._waiting + held_back:
             assert s.slot is None
             assert not s.page_ids
-            assert s.num_computed_tokens == 0
+            assert s.num_computed_tokens == s.num_in_flight_tokens == s.num_registered_pages == 0
         for s in self._running:
             assert s.is_running
-            assert s.num_computed_tokens <= s.num_tokens < self.config.max_model_len
+            assert 0 <= s.num_in_flight_tokens <= s.request.max_tokens - s.num_output_tokens
+            assert s.num_computed_tokens <= s.num_tokens + s.num_in_flight_tokens
             assert len(s.page_ids) == self.page_pool.num_pages_for(s.num_computed_tokens)
 
+    def _num_steps(self, decoding: list[Sequence]) -> int:
+        """Several when nobody waits for a slot or a log-probability, and the free pages suffice."""
+        num_steps = self.config.max_steps_per_call
+        if num_steps == 1 or not decoding or self._waiting or self._held_back:
+            return 1
+        if any(s.request.logprobs is not None for s in decoding):
+            return 1
+        num_steps = min(num_steps, max(s.num_remaining_tokens for s in decoding))
+        num_pages = sum(
+            self._num_missing_pages(s, min(num_steps, s.num_remaining_tokens)) for s in decoding
+        )
+        return num_steps if num_pages <= self.page_pool.num_free else 1
+
     def _chunk_len(self, sequence: Sequence, num_tiles: int) -> int:
-        num_new_tokens = sequence.num_tokens - sequence.num_computed_tokens
+        num_new_tokens = sequence.num_prefill_tokens - sequence.num_computed_tokens
         return min(num_new_tokens, num_tiles * self.config.chunk_tile)
+
+    def _num_missing_pages(self, sequence: Sequence, num_new_tokens: int) -> int:
+        num_tokens = sequence.num_computed_tokens + num_new_tokens
+        return self.page_pool.num_pages_for(num_tokens) - len(sequence.page_ids)
 
     def _make_room(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Takes pages for the next tokens, preempting as needed; False if it was itself."""
         while sequence.is_running:
-            num_pages = self.page_pool.num_pages_for(sequence.num_computed_tokens + num_new_tokens)
-            page_ids = self.page_pool.allocate(num_pages - len(sequence.page_ids))
+            num_pages = self._num_missing_pages(sequence, num_new_tokens)
+            if not num_pages:
+                return True
+            page_ids = self.page_pool.allocate(num_pages)
             if page_ids is not None:
+                self._prefix_cache.forget(page_ids)
                 sequence.page_ids.extend(page_ids)
                 return True
             self._preempt(self._running[-1])
@@ -180,50 +253,95 @@ class Scheduler:
 
         No running sequence still needs pages for its prompt then: a chunk that leaves some of it
         uses up the budget, and nobody is admitted after that. So only growth by decoding leads to
-        preemption. A sequence preempted in this step does not fit, as pages ran out without it.
+        preemption. A sequence preempted in this call does not fit, as pages ran out without it.
         """
         if not self._waiting or not self._free_slots:
             return None
         sequence = self._waiting[0]
-        if self.page_pool.num_pages_for(sequence.num_tokens + 1) > self.page_pool.num_free:
+        # What the cache has is not computed, so nothing is known of its tokens' probabilities.
+        found = [] if sequence.wants_prompt_logprobs else self._prefix_cache.find(sequence)
+        num_missing = self.page_pool.num_pages_for(sequence.num_tokens + 1) - len(found)
+        if num_missing > self.page_pool.num_free - self.page_pool.num_kept_among(found):
             return None
         del self._waiting[0]
+        self.page_pool.share(found)
+        sequence.page_ids = found
+        sequence.num_registered_pages = len(found)
+        sequence.num_computed_tokens = len(found) * self.config.page_size
+        self._num_cached_tokens += sequence.num_computed_tokens
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.slot = self._free_slots.pop()
         sequence.admission = next(self._admissions)
         sequence.num_prefill_tokens = sequence.num_tokens
         insort(self._running, sequence, key=_rank)
         return sequence
 
+    def _note_last_chunks(self) -> None:
+        """What the call before this one computes can be found from now on."""
+        for sequence in self._last_chunks:
+            if sequence.is_running:
+                self._register(sequence)
+            if not sequence.is_prefilling or not sequence.is_running:
+                self._release(sequence)
+        self._last_chunks = []
+
+    def _register(self, sequence: Sequence, *, has_ended: bool = False) -> None:
+        known = sequence.num_tokens - has_ended
+        self._prefix_cache.register(sequence, min(known, sequence.num_computed_tokens))
+
+    def _release(self, sequence: Sequence) -> None:
+        """Lets the other choices wait once the first one has computed its prompt, or has left."""
+        if sequence.choice == 0:
+            for other in self._held_back.pop(sequence.request.request_id, ()):
+                insort(self._waiting, other, key=_rank)
+
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
+        self._release(sequence)
         sequence.num_preemptions += 1
         self._num_preemptions += 1
-        # Its rank brings it back to the head: whoever waits came later.
         insort(self._waiting, sequence, key=_rank)
 
-    def _append(self, sequence: Sequence, token_ids: tuple[int, ...]) -> RequestOutput:
-        """Adds new tokens up to the one that ends the request."""
+    def _append(self, sequence: Sequence, output: SequenceOutput) -> RequestOutput:
+        """Adds new tokens up to the one that ends the choice."""
         request, reason = sequence.request, None
         num_tokens = sequence.num_tokens
-        if not sequence.num_output_tokens:
+        is_first = not sequence.num_output_tokens
+        if is_first:
             self._num_prompt_tokens += len(request.prompt_token_ids)
-        for token_id in token_ids:
+        for token_id in output.token_ids:
             sequence.token_ids.append(token_id)
-            if token_id in request.eos_token_ids and not request.ignore_eos:
+            num_output_tokens = sequence.num_output_tokens
+            if token_id in request.ending_token_ids and num_output_tokens > request.min_tokens:
                 reason = FinishReason.STOP
-            elif sequence.num_output_tokens == request.max_tokens:
+            elif num_output_tokens == request.max_tokens:
                 reason = FinishReason.LENGTH
             if reason:
-                self._end(sequence)
                 break
-        new_token_ids = tuple(sequence.token_ids[num_tokens:])
-        self._num_output_tokens += len(new_token_ids)
-        return _output(sequence, new_token_ids, reason)
+        num_new_tokens = sequence.num_tokens - num_tokens
+        self._num_output_tokens += num_new_tokens
+        self._register(sequence, has_ended=reason is not None)
+        if reason:
+            self._end(sequence)
+        new = SequenceOutput(output.token_ids[:num_new_tokens], output.logprobs[:num_new_tokens])
+        return sequence.output(new, reason, is_first)
 
     def _end(self, sequence: Sequence) -> None:
-        """Forgets a request, wherever it is."""
-        self._leave(sequence)
-        del self._live[sequence.request.request_id]
+        """Forgets a choice, wherever it is."""
+        request_id = sequence.request.request_id
+        held_back = self._held_back.get(request_id, [])
+        if sequence in held_back:
+            held_back.remove(sequence)
+            if not held_back:
+                del self._held_back[request_id]
+        else:
+            self._leave(sequence)
+            self._release(sequence)
+        choices = self._live[request_id]
+        del choices[sequence.choice]
+        if not choices:
+            del self._live[request_id]
 
     def _leave(self, sequence: Sequence) -> None:
         """Takes a sequence out of its queue and gives its slot and pages back."""
@@ -231,41 +349,11 @@ class Scheduler:
         index = bisect_left(queue, sequence.rank, key=_rank)
         assert queue[index] is sequence
         del queue[index]
-        self.page_pool.free(sequence.page_ids)
-        sequence.page_ids.clear()
-        sequence.num_computed_tokens = 0
+        self.page_pool.free(sequence.page_ids, keep=self._prefix_cache)
+        sequence.page_ids = []
+        sequence.num_computed_tokens = sequence.num_in_flight_tokens = 0
+        sequence.num_registered_pages = 0
+        sequence.has_chunk = False
         if sequence.slot is not None:
             self._free_slots.append(sequence.slot)
         sequence.slot = sequence.admission = None
-
-
-def _advance(sequence: Sequence, num_new_tokens: int) -> ScheduledSequence:
-    """Counts the next tokens as computed and describes them for the step."""
-    assert sequence.slot is not None
-    assert sequence.admission is not None
-    start = sequence.num_computed_tokens
-    sequence.num_computed_tokens += num_new_tokens
-    return ScheduledSequence(
-        request_id=sequence.request.request_id,
-        slot=sequence.slot,
-        start=start,
-        token_ids=tuple(sequence.token_ids[start : sequence.num_computed_tokens]),
-        page_ids=tuple(sequence.page_ids),
-        samples=sequence.num_computed_tokens == sequence.num_tokens,
-        sampling=sequence.request.sampling,
-        admission=sequence.admission,
-    )
-
-
-def _output(
-    sequence: Sequence, token_ids: tuple[int, ...], reason: FinishReason | None
-) -> RequestOutput:
-    return RequestOutput(
-        request_id=sequence.request.request_id,
-        token_ids=token_ids,
-        finish_reason=reason,
-        num_prompt_tokens=len(sequence.request.prompt_token_ids),
-        num_cached_tokens=sequence.num_cached_tokens,
-        num_output_tokens=sequence.num_output_tokens,
-        num_preemptions=sequence.num_preemptions,
-    )

@@ -1,10 +1,11 @@
 """The step program: embed, layers over the paged KV cache, logits, sampling, all in one jit.
 
 The device state is donated and carries what decoding needs from step to step, so that the host
-never has to send back a token it has only just received.
+never has to send back a token it has only just received, and may send a step before it has read
+the one before. A call without chunks can run several steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,26 +17,51 @@ from jax.sharding import Mesh
 from jaxinfer.batch import Batch, BatchShape, packed_size, unpack
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.kv_cache import abstract_kv_pages
-from jaxinfer.sampling import SamplingColumns, sample
+from jaxinfer.logprobs import LogprobColumns, token_logprobs
+from jaxinfer.request import LIMITS
+from jaxinfer.sampling import SamplingColumns, SlotTables, sample
 from jaxinfer.sharding import named_sharding
 from pallas_kernels.ragged_paged_attention import KVPages, QueryTiles, RaggedBatch
 
 Parameters = dict[Any, Any]
 
+NO_TOKEN = -1  # of a row that had ended, or does not sample
+MAX_BIASES = int(LIMITS["num_logit_bias"].high)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepState:
-    """Donated device state. L layers, S slots, M = max_model_len.
+    """Donated device state. L layers, S slots, M = max_model_len, B biases.
 
     ``kv_pages``: layer by layer. ``tokens`` [S, M] int32: known tokens of each slot's sequence.
     ``lens`` [S] int32: how many of them have their keys and values in the pages; a decode computes
-    the token at that position.
+    the token at that position. ``has_ended`` [S] bool: the last token ended the sequence, and steps
+    that were sent before the host knew leave the slot alone. ``bias_ids`` [S, B] int32 and
+    ``bias_values`` [S, B] float32: logit_bias, as many as the slot's request has.
     """
 
     kv_pages: tuple[KVPages, ...]
     tokens: jax.Array
     lens: jax.Array
+    has_ended: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepResult:
+    """What a call yields, for at most C steps, R logits rows, N tiles of B rows.
+
+    ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``logprobs`` [R] are those of the
+    last step's tokens, ``prompt_logprobs`` [N, B] those of the token after each chunk row; both
+    zeros where nobody wants them.
+    """
+
+    tokens: jax.Array
+    logprobs: LogprobColumns
+    prompt_logprobs: LogprobColumns
 
 
 def abstract_state(
@@ -44,12 +70,19 @@ def abstract_state(
     """Shapes and shardings of the state."""
     whole = named_sharding(mesh)
     slots = config.max_num_seqs
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
     return StepState(
         kv_pages=abstract_kv_pages(
             model, config.num_pages, config.page_size, dtypes.kv_cache, mesh
-        ),  # type: ignore[arg-type]
-        tokens=jax.ShapeDtypeStruct((slots, config.max_model_len), jnp.int32, sharding=whole),  # type: ignore[arg-type]
-        lens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole),  # type: ignore[arg-type]
+        ),
+        tokens=array((slots, config.max_model_len), jnp.int32),
+        lens=array((slots,), jnp.int32),
+        has_ended=array((slots,), jnp.bool_),
+        bias_ids=array((slots, MAX_BIASES), jnp.int32),
+        bias_values=array((slots, MAX_BIASES), jnp.float32),
     )
 
 
@@ -95,7 +128,9 @@ def forward(
     lens = state.lens.at[batch.chunk_slots].set(0, mode="drop")
     lens = lens.at[batch.chunk_slots].max(batch.chunk_starts + batch.chunk_lens, mode="drop")
     lens = lens.at[batch.decode_slots].add(1, mode="drop")
-    return hidden, ragged, StepState(kv_pages, tokens, lens)
+    has_ended = state.has_ended.at[batch.chunk_slots].set(False, mode="drop")
+    state = replace(state, kv_pages=kv_pages, tokens=tokens, lens=lens, has_ended=has_ended)
+    return hidden, ragged, state
 
 
 def step(
@@ -105,62 +140,142 @@ def step(
     parameters: Parameters,
     state: StepState,
     packed: jax.Array,
-) -> tuple[StepState, jax.Array]:
-    """One step: (state, sampled token ids [R] int32). Rows that do not sample mean nothing."""
+) -> tuple[StepState, StepResult]:
+    """One call of the device: one step, or up to ``num_steps`` where the shape has no tiles."""
     model = nnx.merge(graph, parameters)
     batch = unpack(packed, shape, config)
+    if shape.num_tiles or config.max_steps_per_call == 1:
+        return one_step(model, config, shape, state, batch)
+
+    def is_going_on(carry: tuple[jax.Array, StepState, StepResult]) -> jax.Array:
+        done, state, _ = carry
+        is_decode = batch.decode_slots < config.max_num_seqs
+        has_ended = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
+        return (done < batch.num_steps) & jnp.any(is_decode & ~has_ended)
+
+    def go_on(
+        carry: tuple[jax.Array, StepState, StepResult],
+    ) -> tuple[jax.Array, StepState, StepResult]:
+        done, state, results = carry
+        state, result = one_step(model, config, shape, state, batch)
+        tokens = results.tokens.at[done].set(result.tokens[0])
+        return done + 1, state, replace(result, tokens=tokens)
+
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda: one_step(model, config, shape, state, batch)[1]),
+    )
+    calls = (config.max_steps_per_call, shape.num_logits_rows)
+    nothing = replace(nothing, tokens=jnp.full(calls, NO_TOKEN, jnp.int32))
+    _, state, results = jax.lax.while_loop(is_going_on, go_on, (jnp.int32(0), state, nothing))
+    return state, results
+
+
+def one_step(
+    model: Any, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
+) -> tuple[StepState, StepResult]:
+    """One step over the batch; rows whose sequence has ended are padding."""
+    num_slots = config.max_num_seqs
+    has_ended = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
+    batch = replace(batch, decode_slots=jnp.where(has_ended, num_slots, batch.decode_slots))
     hidden, ragged, state = forward(model, state, batch, config)
 
     last = jnp.maximum(batch.chunk_lens - 1, 0)
     tile_rows = shape.num_decodes + jnp.arange(shape.num_tiles) * config.chunk_tile + last
     logits_rows = jnp.concatenate([jnp.arange(shape.num_decodes), tile_rows])  # [R]
-    new_positions = ragged.positions()[logits_rows] + 1
-    columns = SamplingColumns(
-        batch.temperature, batch.top_k, batch.top_p, batch.seeds, batch.choices
+    logits = model.logits(hidden[logits_rows])
+    positions = ragged.positions()[logits_rows] + 1  # of the new tokens
+    chunk_slots = jnp.where(batch.chunk_samples > 0, batch.chunk_slots, num_slots)
+    slots = jnp.concatenate([batch.decode_slots, chunk_slots])
+    columns = jax.tree.map(
+        lambda column: column.at[slots].get(mode="fill", fill_value=0), batch.slots
     )
-    sampled = sample(model.logits(hidden[logits_rows]), new_positions, columns)
+    tables = SlotTables(state.tokens, state.bias_ids, state.bias_values)
+    sampling = SamplingColumns(
+        **{name: getattr(columns, name) for name in SamplingColumns.__dataclass_fields__}
+    )
+    sampled = sample(logits, positions, slots, sampling, tables)
 
-    chunk_slots = jnp.where(batch.chunk_samples > 0, batch.chunk_slots, config.max_num_seqs)
-    sample_slots = jnp.concatenate([batch.decode_slots, chunk_slots])
-    tokens = state.tokens.at[sample_slots, new_positions].set(sampled, mode="drop")
-    return StepState(state.kv_pages, tokens, state.lens), sampled
+    is_real = slots < num_slots
+    ends = jnp.any(sampled[:, None] == columns.ending_ids, axis=1)
+    ends &= positions - columns.prompt_lens >= columns.min_tokens
+    ends |= positions + 1 >= columns.end_positions
+    state = replace(
+        state,
+        tokens=state.tokens.at[slots, positions].set(sampled, mode="drop"),
+        has_ended=state.has_ended.at[slots].set(ends, mode="drop"),
+    )
+    return state, StepResult(
+        tokens=jnp.where(is_real, sampled, NO_TOKEN)[None],
+        logprobs=token_logprobs(logits, sampled, is_real & (columns.num_logprobs >= 0)),
+        prompt_logprobs=score_chunks(model, hidden[shape.num_decodes :], batch),
+    )
 
 
-def score(
-    graph: nnx.GraphDef[Any],
-    config: EngineConfig,
-    shape: BatchShape,
-    parameters: Parameters,
+def score_chunks(model: Any, hidden: jax.Array, batch: Batch) -> LogprobColumns:
+    """[N, B] log-probabilities of the token after each chunk row, in tiles that want them.
+
+    ``hidden`` [N * B, E]. One tile at a time: its logits are [B, V] float32. Always in whole tiles,
+    so that a row's bits do not depend on the chunk it came in.
+    """
+    following = jnp.concatenate([batch.chunk_tokens[:, 1:], batch.chunk_next[:, None]], axis=1)
+    ends = jnp.arange(following.shape[1])[None, :] == batch.chunk_lens[:, None] - 1
+    following = jnp.where(ends, batch.chunk_next[:, None], following)
+    num_tiles, size = following.shape
+
+    def score(rows: jax.Array, wanted: jax.Array) -> LogprobColumns:
+        return token_logprobs(model.logits(rows), wanted, jnp.ones(size, bool))
+
+    rows = hidden.reshape(num_tiles, size, hidden.shape[-1])
+    first_rows = jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
+    shapes = jax.eval_shape(score, first_rows, jax.ShapeDtypeStruct((size,), jnp.int32))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if not num_tiles:
+        return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), shapes)
+
+    def score_tile(tile: tuple[jax.Array, jax.Array, jax.Array]) -> LogprobColumns:
+        rows, wanted, is_scored = tile
+        return jax.lax.cond(is_scored > 0, score, lambda *_: zeros, rows, wanted)
+
+    return jax.lax.map(score_tile, (rows, following, batch.chunk_scores))
+
+
+def set_slot(
     state: StepState,
-    packed: jax.Array,
-    targets: jax.Array,
-) -> tuple[StepState, jax.Array]:
-    """(state, nats [N, B] that ``targets`` [N, B] cost after each chunk row: -log p)."""
-    model = nnx.merge(graph, parameters)
-    batch = unpack(packed, shape, config)
-    hidden, _, state = forward(model, state, batch, config)
-    tiles = hidden[shape.num_decodes :].reshape(shape.num_tiles, config.chunk_tile, -1)
+    slot: jax.Array,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+) -> StepState:
+    """Writes what a newly admitted sequence cannot bring as rows.
 
-    def tile_losses(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, wanted = tile  # one tile at a time: its logits are [B, V] float32
-        log_probabilities = jax.nn.log_softmax(model.logits(rows), axis=-1)
-        return -jnp.take_along_axis(log_probabilities, wanted[:, None], axis=-1)[:, 0]
+    ``tokens`` [M] int32: the first ``num_tokens`` were found in the prefix cache and pass through
+    no chunk, but penalties count them. ``bias_ids`` and ``bias_values`` [B].
+    """
+    is_known = jnp.arange(tokens.shape[0]) < num_tokens
+    return replace(
+        state,
+        tokens=state.tokens.at[slot].set(jnp.where(is_known, tokens, state.tokens[slot])),
+        bias_ids=state.bias_ids.at[slot].set(bias_ids),
+        bias_values=state.bias_values.at[slot].set(bias_values),
+    )
 
-    return state, jax.lax.map(tile_losses, (tiles, targets))
 
-
-def compiler_options(platform: str, dtypes: DtypePolicy) -> dict[str, str]:
+def compiler_options(
+    platform: str, dtypes: DtypePolicy, batch_invariant: bool = True
+) -> dict[str, str]:
     """XLA options of a step. On CPU in float32 they make a row's bits independent of its batch.
 
-    YNN kernels, XLA:CPU's default, pick another blocking for 1, 2-32 and more rows.
+    YNN kernels, XLA:CPU's default, pick another blocking for 1, 2-32 and more rows; they are taken
+    where ``batch_invariant`` is not asked for.
     """
-    if platform == "cpu" and dtypes.weights == "float32":
+    if platform == "cpu" and dtypes.weights == "float32" and batch_invariant:
         return {"xla_cpu_experimental_ynn_fusion_type": ""}
     return {}
 
 
 def lower(
-    program: Any,
     graph: nnx.GraphDef[Any],
     config: EngineConfig,
     shape: BatchShape,
@@ -168,22 +283,38 @@ def lower(
     state: StepState,
     mesh: Mesh,
 ) -> Any:
-    """Lowers ``step`` or ``score`` for one batch shape, ready to compile; nothing is allocated.
+    """Lowers ``step`` for one batch shape, ready to compile; nothing is allocated.
 
     ``parameters`` and ``state`` are abstract, with shardings.
     """
     whole = named_sharding(mesh)
-    arguments = [
-        jax.ShapeDtypeStruct((packed_size(shape, config),), np.int32, sharding=whole),
-    ]
-    if program is score:
-        tiles = (shape.num_tiles, config.chunk_tile)
-        arguments.append(jax.ShapeDtypeStruct(tiles, np.int32, sharding=whole))
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    packed = jax.ShapeDtypeStruct((packed_size(shape, config),), np.int32, sharding=whole)
     jitted = jax.jit(
-        program,
+        step,
         static_argnums=(0, 1, 2),
         donate_argnums=(4,),
-        out_shardings=(state_shardings, whole),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole),
     )
-    return jitted.trace(graph, config, shape, parameters, state, *arguments).lower()
+    return jitted.trace(graph, config, shape, parameters, state, packed).lower()
+
+
+def lower_set_slot(config: EngineConfig, state: StepState, mesh: Mesh) -> Any:
+    """Lowers ``set_slot``, ready to compile."""
+    whole = named_sharding(mesh)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    jitted = jax.jit(
+        set_slot,
+        donate_argnums=(0,),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
+    return jitted.trace(
+        state,
+        array(np.int32),
+        array(np.int32, config.max_model_len),
+        array(np.int32),
+        array(np.int32, MAX_BIASES),
+        array(np.float32, MAX_BIASES),
+    ).lower()

@@ -1,35 +1,42 @@
 """From command-line options to an engine with a model in it: what every script starts with."""
 
 import argparse
+import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from checkpoints.catalog import CATALOG, resolve
 from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models
+from jaxinfer.batch import BatchShape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.kv_cache import page_bytes, plan_num_pages
 from jaxinfer.sharding import Device, make_mesh
+from jaxinfer.step import Parameters
+from scripts.memory import free_bytes
 from scripts.phases import Phases
 from scripts.platforms import add_platform_options, pick_devices
 from serving.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_MAX_MODEL_LEN = 8192
+# On CPU at most this, and at most this part of what the parameters leave free: others work there.
 DEFAULT_CPU_KV_BYTES = 1 << 30
+CPU_KV_FRACTION = 0.5
 # Of the memory that is free once the parameters are loaded; the rest is for activations.
 ACCELERATOR_KV_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A compiled engine with its model and tokenizer."""
+    """A compiled engine with its model, its parameters and its tokenizer."""
 
     name: str
     model: ModelConfig
@@ -38,6 +45,7 @@ class LoadedModel:
     dtypes: DtypePolicy
     tokenizer: Tokenizer
     devices: list[Device]
+    parameters: Parameters
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -77,17 +85,37 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--page-size", type=int, help="tokens a KV page (default: 16 on CPU, 64 on GPU, 128 on TPU)"
     )
     group.add_argument(
+        "--max-steps-per-call",
+        type=int,
+        help="decode steps that run in one call while nobody waits: more tokens at once, less "
+        "often (default: 1 on CPU, else 4)",
+    )
+    group.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute every prompt anew",
+    )
+    group.add_argument(
+        "--no-batch-invariance",
+        dest="batch_invariant",
+        action="store_false",
+        help="faster kernels on CPU, with which tokens may depend on what else is being served",
+    )
+    group.add_argument(
         "--kv-memory",
         type=parse_bytes,
-        help="memory of the KV cache, such as 512MiB or 4GiB (default: 1GiB on CPU, 80 %% of what "
-        "the model leaves free on accelerators)",
+        help="memory of the KV cache, such as 512MiB or 4GiB (default: of what the model leaves "
+        "free, 80 %% on accelerators, half on CPU but at most 1GiB)",
     )
 
 
 def load_model(
-    options: argparse.Namespace, phases: Phases, compile_steps: bool = True
+    options: argparse.Namespace, phases: Phases, *, one_program: bool = False
 ) -> LoadedModel:
     """Fetches, loads and compiles what ``options`` ask for.
+
+    ``one_program``: only the largest step, for work that is all prompt.
 
     Raises ``ValueError`` in one line for anything a user can mend.
     """
@@ -105,14 +133,31 @@ def load_model(
     with phases.phase("load", unit="tensors") as progress:
         parameters = load_parameters(checkpoint, engine.abstract_parameters, progress)
         jax.block_until_ready(parameters)
-    if compile_steps:
-        with phases.phase("compile", unit="programs") as progress:
-            engine.compile(progress)
+    with phases.phase("compile", unit="programs") as progress:
+        engine.compile(progress, engine.shapes[-1:] if one_program else None)
     size = f"{config.num_pages} pages of {config.page_size} tokens, "
     with phases.phase("kv cache", note=size + f"{engine.kv_cache_bytes / 2**20:.0f} MiB"):
         engine.start(parameters)
     name = options.model if options.model in CATALOG else Path(options.model).stem
-    return LoadedModel(name, model, engine, config, dtypes, tokenizer, devices)
+    return LoadedModel(name, model, engine, config, dtypes, tokenizer, devices, parameters)
+
+
+def new_engine(
+    loaded: LoadedModel, shapes: Sequence[BatchShape] | None = None, **changes: Any
+) -> Engine:
+    """A further engine on the same parameters, ready to run, with some sizes changed.
+
+    Its KV cache comes on top. ``num_pages``, where it is not among ``changes``, is what all slots
+    at full length could use, but no more than the first engine has. ``shapes``: those to compile.
+    """
+    config = dataclasses.replace(loaded.engine_config, **changes)
+    if "num_pages" not in changes:
+        most = config.max_num_seqs * config.max_pages_per_sequence
+        config = dataclasses.replace(config, num_pages=min(most, loaded.engine_config.num_pages))
+    engine = Engine(loaded.model, config, loaded.dtypes, loaded.engine.mesh)
+    engine.compile(shapes=shapes)
+    engine.start(loaded.parameters)
+    return engine
 
 
 def engine_config(
@@ -129,13 +174,20 @@ def engine_config(
         max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
     if page_size is None:
         page_size = {"cpu": 16, "gpu": 64}.get(device.platform, 128)
+    steps = options.max_steps_per_call
+    if steps is None:
+        # A step of a small model on an accelerator takes less time than sending it.
+        steps = 1 if device.platform == "cpu" else 4
     # Checks the sizes themselves before memory is planned with them.
-    EngineConfig(
+    config = EngineConfig(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=max_model_len,
         page_size=page_size,
         num_pages=1 << 24,
+        prefix_cache=options.prefix_cache,
+        max_steps_per_call=steps,
+        batch_invariant=options.batch_invariant,
     )
     memory = options.kv_memory
     if memory is None:
@@ -150,22 +202,18 @@ def engine_config(
             f"{max_model_len} tokens, which takes {needed / 2**20:.0f} MiB: raise --kv-memory or "
             f"lower --max-model-len"
         )
-    return EngineConfig(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        page_size=page_size,
-        num_pages=num_pages,
-    )
+    return dataclasses.replace(config, num_pages=num_pages)
 
 
 def default_kv_bytes(device: Device, model: ModelConfig, dtypes: DtypePolicy) -> int:
-    """Memory for the KV cache when the user names none."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
+    """Memory for the KV cache when the user names none; the parameters are not loaded yet."""
+    free = free_bytes(device)
+    if free is None:
         return DEFAULT_CPU_KV_BYTES
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0) - parameter_bytes(model, dtypes)
-    return max(0, int(free * ACCELERATOR_KV_FRACTION))
+    left = max(0, free - parameter_bytes(model, dtypes))
+    if device.platform == "cpu":
+        return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
+    return int(left * ACCELERATOR_KV_FRACTION)
 
 
 def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy) -> int:

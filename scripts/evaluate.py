@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a file: the packages lie beside this fol
 import numpy as np
 from tqdm import tqdm
 
+from jaxinfer.request import Request
 from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
 from scripts.phases import Phases
 
@@ -39,7 +40,7 @@ def evaluate() -> None:
         raise ValueError(f"{options.text} is not UTF-8: {error}") from error
     phases = Phases(STARTED, quiet=options.json)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, compile_steps=False)
+    loaded = load_model(options, phases, one_program=True)
     token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
     if options.max_tokens is not None:
         token_ids = token_ids[: options.max_tokens]
@@ -53,7 +54,7 @@ def evaluate() -> None:
         "predicted_tokens": len(losses),
         "nll": float(losses.mean()),
         "perplexity": math.exp(float(losses.mean())),
-        "window": loaded.engine_config.max_model_len,
+        "window": loaded.engine_config.max_model_len - 1,
         "seconds": round(time.perf_counter() - begun, 3),
     }
     if options.json:
@@ -64,17 +65,24 @@ def evaluate() -> None:
 
 
 def window_losses(loaded: LoadedModel, token_ids: list[int]) -> np.ndarray:
-    """Nats of every predicted token, in windows of max_model_len that do not overlap.
+    """Nats of every predicted token, in windows of max_model_len - 1 that do not overlap.
 
-    The first token of a window is not predicted; a rest of a single token is left out.
+    The windows are prompts like any other, of which log-probabilities are wanted. The first token
+    of a window is not predicted; a rest of a single token is left out.
     """
-    size = loaded.engine_config.max_model_len
+    size = loaded.engine_config.max_model_len - 1  # and one token that is generated
     starts = range(0, len(token_ids) - 1, size)
-    losses = [
-        loaded.engine.score(token_ids[start : start + size])
-        for start in tqdm(starts, desc="windows", file=sys.stderr, disable=None, leave=False)
-    ]
-    return np.concatenate(losses).astype(np.float64)
+    for start in starts:
+        window = tuple(token_ids[start : start + size])
+        loaded.engine.add(Request(str(start), window, max_tokens=1, prompt_logprobs=0))
+    losses: dict[str, list[float]] = {}
+    with tqdm(total=len(starts), desc="windows", file=sys.stderr, disable=None, leave=False) as bar:
+        while loaded.engine.has_unfinished:
+            for output in loaded.engine.step():
+                scored = output.prompt_logprobs[1:]
+                losses[output.request_id] = [-entry.logprob for entry in scored if entry]
+                bar.update()
+    return np.concatenate([losses[str(start)] for start in starts])
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -8,8 +8,7 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,25 +18,56 @@ if __package__ in (None, ""):  # run as a file: the packages lie beside this fol
 from tqdm import tqdm
 
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
+from jaxinfer.schedule import RequestOutput, TokenLogprobs
 from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
 from scripts.phases import Phases
-from serving.tokenizer import Detokenizer, Tokenizer
+from serving.loop import Engine
+from serving.output_text import OutputText, TextOptions, output_texts
+from serving.tokenizer import Tokenizer
+from serving.validate import DEFAULT_MAX_TOKENS, check_stop
 
-DEFAULT_MAX_TOKENS = 256
 INPUT_KINDS = ("prompt", "messages", "token_ids")
 MAX_LINE_CHARACTERS = 16 << 20
 
 
 @dataclass
-class Generation:
-    """One prompt's way through the engine; times are seconds since it was added."""
+class Choice:
+    """One continuation of a prompt; times are seconds since all prompts were added."""
 
-    prompt_token_ids: list[int]
-    seed: int
+    output_text: OutputText
     token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
+
+    def add(self, output: RequestOutput, seconds: float) -> str:
+        """Takes an output of the engine; returns the text that is new."""
+        told = self.output_text.add(output)
+        if told.output.token_ids and not self.token_ids:
+            self.first_token_seconds = seconds
+        self.token_ids += told.output.token_ids
+        self.texts.append(told.text)
+        self.logprobs += told.output.logprobs
+        self.total_seconds = seconds
+        self.finish_reason = told.output.finish_reason
+        self.stop_string = told.stop_string
+        return told.text
+
+
+@dataclass
+class Generation:
+    """One prompt's way through the engine."""
+
+    request: Request
+    choices: list[Choice]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
 
 
 def main() -> None:
@@ -48,44 +78,71 @@ def main() -> None:
 def generate() -> None:
     """Reads all prompts, checks them, loads the model, and prints results in input order."""
     options = parse_arguments()
+    sampling, text_options = sampling_params(options), checked_text_options(options)
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
     loaded = load_model(options, phases)
     phases.print_table()
-    generations, requests = [], []
+    new_text = output_texts(loaded.tokenizer, text_options)
+    generations = []
     for number, line in enumerate(inputs):
-        token_ids = encode(line, loaded.tokenizer, options.chat)
-        seed = options.seed if options.seed is not None else secrets.randbits(63)
-        generations.append(Generation(token_ids, seed))
-        requests.append(make_request(number, generations[-1], loaded, options))
-    if len(requests) == 1 and not options.json:
-        stream(loaded, requests[0], generations[0])
-        return
-    for request in requests:
-        loaded.engine.add(request)
-    run(loaded, generations, options)
+        prompt = tuple(encode(line, loaded.tokenizer, options.chat))
+        if options.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        request = make_request(number, prompt, sampling, loaded, options)
+        choices = [Choice(new_text()) for _ in range(request.n)]
+        generations.append(Generation(request, choices))
+    run(loaded.engine, generations, options)
+
+
+def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """The sampling asked for; without a seed where one is to be chosen for each prompt."""
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=tuple(options.logit_bias),
+        seed=options.seed or 0,
+    )
+
+
+def checked_text_options(options: argparse.Namespace) -> TextOptions:
+    """How the text is asked for."""
+    check_stop(options.stop)
+    for name in ("min_tokens", "n", "logprobs", "prompt_logprobs"):
+        value = getattr(options, name)
+        if value is not None:
+            LIMITS[name].check(name, value)
+    return TextOptions(stop=tuple(options.stop), min_tokens=options.min_tokens)
 
 
 def make_request(
-    number: int, generation: Generation, loaded: LoadedModel, options: argparse.Namespace
+    number: int,
+    prompt: tuple[int, ...],
+    sampling: SamplingParams,
+    loaded: LoadedModel,
+    options: argparse.Namespace,
 ) -> Request:
     """A request that is known to fit; errors name the input."""
-    prompt = tuple(generation.prompt_token_ids)
     room = loaded.engine_config.max_model_len - len(prompt)
     try:
         request = Request(
             request_id=str(number),
             prompt_token_ids=prompt,
             max_tokens=options.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
-            sampling=SamplingParams(
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=generation.seed,
-            ),
+            sampling=sampling,
             eos_token_ids=loaded.tokenizer.eos_token_ids,
             ignore_eos=options.ignore_eos,
+            stop_token_ids=tuple(options.stop_token_id),
+            min_tokens=options.min_tokens,
+            n=options.n,
+            logprobs=options.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
         )
         request.check_fits(loaded.model.vocab_size, loaded.engine_config.max_model_len)
     except ValueError as error:
@@ -93,68 +150,87 @@ def make_request(
     return request
 
 
-def stream(loaded: LoadedModel, request: Request, generation: Generation) -> None:
-    """Prints one answer as it comes."""
-    detokenizer = Detokenizer(loaded.tokenizer)
-    loaded.engine.add(request)
-    added = time.perf_counter()
-    while loaded.engine.has_unfinished:
-        for output in loaded.engine.step():
-            note(generation, output.token_ids, output.finish_reason, added)
-            print(detokenizer.add(output.token_ids), end="", flush=True)
-    print(detokenizer.finish())
+def run(engine: Engine, generations: list[Generation], options: argparse.Namespace) -> None:
+    """Steps until all are finished; prints each as soon as all before it are printed.
 
-
-def run(loaded: LoadedModel, generations: list[Generation], options: argparse.Namespace) -> None:
-    """Steps until all are finished; prints each as soon as all before it are printed."""
+    A single answer that is not JSON is printed as it comes.
+    """
+    is_streaming = len(generations) == options.n == 1 and not options.json
+    for generation in generations:
+        engine.add(generation.request)
     added, printed = time.perf_counter(), 0
-    disable = True if options.quiet else None
+    disable = True if options.quiet or is_streaming else None
     with tqdm(total=len(generations), desc="generate", file=sys.stderr, disable=disable) as bar:
-        while loaded.engine.has_unfinished:
-            for output in loaded.engine.step():
+        while engine.has_unfinished:
+            # Nothing yet is not the end: the engine may have work in flight.
+            for output in engine.step():
                 generation = generations[int(output.request_id)]
-                note(generation, output.token_ids, output.finish_reason, added)
-                bar.update(generation.finish_reason is not None)
-            while printed < len(generations) and generations[printed].finish_reason:
-                print_result(generations[printed], loaded.tokenizer, options.json)
+                text = note(engine, generation, output, time.perf_counter() - added)
+                if is_streaming:
+                    print(text, end="", flush=True)
+            while printed < len(generations) and generations[printed].is_finished:
+                if not is_streaming:
+                    print_result(generations[printed], options)
                 printed += 1
+                bar.update()
+    assert printed == len(generations), "the engine lost a request"
+    if is_streaming:
+        print()
 
 
-def note(
-    generation: Generation, token_ids: Sequence[int], reason: FinishReason | None, added: float
-) -> None:
-    """Adds an output to what is known of a generation."""
-    now = time.perf_counter() - added
-    if token_ids and not generation.token_ids:
-        generation.first_token_seconds = now
-    generation.token_ids += token_ids
-    generation.total_seconds = now
-    generation.finish_reason = reason
+def note(engine: Engine, generation: Generation, output: RequestOutput, seconds: float) -> str:
+    """Adds an output to what is known of a generation, ends it at a stop string; the new text."""
+    choice = generation.choices[output.choice]
+    generation.prompt_logprobs += output.prompt_logprobs
+    if choice.finish_reason is not None:
+        return ""  # late: a stop string has ended it
+    text = choice.add(output, seconds)
+    if choice.finish_reason is not None and output.finish_reason is None:
+        engine.abort(output.request_id, output.choice)
+    return text
 
 
-def print_result(generation: Generation, tokenizer: Tokenizer, as_json: bool) -> None:
-    """One line of JSON, or the text."""
-    text = tokenizer.decode(generation.token_ids)
-    if not as_json:
-        print(text, flush=True)
+def print_result(generation: Generation, options: argparse.Namespace) -> None:
+    """One line of JSON, or the texts."""
+    request, choices = generation.request, generation.choices
+    if not options.json:
+        for choice in choices:
+            print("".join(choice.texts), flush=True)
         return
-    assert generation.finish_reason
+    described = [describe(choice, options.logprobs is not None) for choice in choices]
     result: dict[str, Any] = {
-        "prompt_token_ids": generation.prompt_token_ids,
-        "token_ids": generation.token_ids,
-        "text": text,
-        "finish_reason": generation.finish_reason.value,
-        "seed": generation.seed,
+        "prompt_token_ids": request.prompt_token_ids,
+        **(described[0] if request.n == 1 else {"choices": described}),
+        "seed": request.sampling.seed,
         "usage": {
-            "prompt_tokens": len(generation.prompt_token_ids),
-            "completion_tokens": len(generation.token_ids),
+            "prompt_tokens": len(request.prompt_token_ids),
+            "completion_tokens": sum(len(choice.token_ids) for choice in choices),
         },
         "timings": {
-            "first_token_seconds": round(generation.first_token_seconds, 6),
-            "total_seconds": round(generation.total_seconds, 6),
+            "first_token_seconds": round(min(c.first_token_seconds for c in choices), 6),
+            "total_seconds": round(max(c.total_seconds for c in choices), 6),
         },
     }
+    if options.prompt_logprobs is not None:
+        result["prompt_logprobs"] = [
+            entry and asdict(entry) for entry in generation.prompt_logprobs
+        ]
     print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def describe(choice: Choice, with_logprobs: bool) -> dict[str, Any]:
+    """What JSON says of one choice."""
+    assert choice.finish_reason
+    result: dict[str, Any] = {
+        "token_ids": choice.token_ids,
+        "text": "".join(choice.texts),
+        "finish_reason": choice.finish_reason.value,
+    }
+    if choice.stop_string is not None:
+        result["stop_string"] = choice.stop_string
+    if with_logprobs:
+        result["logprobs"] = [asdict(entry) for entry in choice.logprobs]
+    return result
 
 
 def read_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -199,6 +275,8 @@ def check_line(number: int, value: dict[str, Any]) -> None:
         isinstance(content, list) and all(type(token) is int for token in content)
     ):
         raise ValueError(f"line {number}: token_ids must be a list of whole numbers")
+    if kind == "token_ids" and not content:
+        raise ValueError(f"line {number}: token_ids is empty; at least 1 is needed")
     if kind == "messages":
         fits = isinstance(content, list) and all(
             isinstance(message, dict)
@@ -233,22 +311,69 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one line of JSON a prompt")
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's chat message")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--max-tokens", type=int, help="new tokens at most (default: 256, or what the context has)"
-    )
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    group.add_argument("--top-k", type=int, default=0, help="0 is off (default)")
-    group.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
-    group.add_argument("--seed", type=int, help="repeats a sampled run (default: random)")
-    group.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text")
+    add_sampling_options(parser)
     add_engine_options(parser)
     options = parser.parse_args()
     if bool(options.prompts) == bool(options.input):
         parser.error("give prompts or --input, one of the two")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(options, name) is not None and not options.json:
+            parser.error(f"--{name.replace('_', '-')} needs --json")
     if options.max_tokens is not None and options.max_tokens < 1:
         parser.error(f"--max-tokens must be at least 1, got {options.max_tokens}")
     return options
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, when that ends, and what is told of it."""
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--top-k", type=int, default=0, help="0 is off (default)")
+    add("--top-p", type=float, default=1.0, help="1 is off (default)")
+    add("--min-p", type=float, default=0.0, help="0 is off (default)")
+    add("--repetition-penalty", type=float, default=1.0, help="1 is off (default)")
+    add("--presence-penalty", type=float, default=0.0, help="0 is off (default)")
+    add("--frequency-penalty", type=float, default=0.0, help="0 is off (default)")
+    add(
+        "--logit-bias",
+        type=parse_bias,
+        action="append",
+        default=[],
+        metavar="ID=VALUE",
+        help="added to the logit of a token; may be given again",
+    )
+    add("--seed", type=int, help="repeats a sampled run (default: random)")
+    group = parser.add_argument_group("end of the text")
+    add = group.add_argument
+    add("--max-tokens", type=int, help="new tokens at most (default: 256, or what the context has)")
+    add("--min-tokens", type=int, default=0, help="no end before so many new tokens (default: 0)")
+    again = "; may be given again"
+    add("--stop", action="append", default=[], metavar="TEXT", help=f"end before this text{again}")
+    add(
+        "--stop-token-id",
+        type=int,
+        action="append",
+        default=[],
+        metavar="ID",
+        help=f"end at this token{again}",
+    )
+    add("--ignore-eos", action="store_true", help="go on past the end of the text")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--n", type=int, default=1, help="choices, continuations of each prompt (default: 1)")
+    top = "and of this many of the most probable ones, in JSON"
+    add("--logprobs", type=int, metavar="K", help=f"log-probabilities of new tokens, {top}")
+    add("--prompt-logprobs", type=int, metavar="K", help="the same of prompt tokens")
+
+
+def parse_bias(argument: str) -> tuple[int, float]:
+    """ID=VALUE."""
+    token_id, _, value = argument.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be ID=VALUE, got {argument!r:.80}") from None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from scripts.assembly import add_engine_options, load_model, run_main
 from scripts.phases import Phases
 from serving.served_model import ServedModel
 from serving.server import LoadInterruptedError, run_server
-from serving.tokenizer import Detokenizer
 
 
 def main() -> None:
@@ -42,11 +41,10 @@ def serve() -> None:
         return ServedModel(
             name=loaded.name,
             model=loaded.model,
-            engine=loaded.engine,
+            engines=(loaded.engine,),
             engine_config=loaded.engine_config,
             dtypes=loaded.dtypes,
             tokenizer=loaded.tokenizer,
-            new_detokenizer=lambda: Detokenizer(loaded.tokenizer),
         )
 
     def on_ready(port: int) -> None:

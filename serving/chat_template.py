@@ -8,11 +8,13 @@ text captured and joined again and again can still grow. Messages are data, neve
 
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -22,6 +24,8 @@ MAX_RANGE_ITEMS = 100_000  # of all ranges in one rendering
 MAX_EXPONENT = 64
 
 ROLES = ("system", "user", "assistant", "tool")
+
+_OWN_VARIABLES = frozenset(("messages", "add_generation_prompt", "tools", "documents", "range"))
 
 # Filters and globals that make long strings out of short arguments, and that no template needs.
 _REMOVED_FILTERS = ("center", "format", "filesizeformat", "pprint", "wordwrap", "urlize", "xmlattr")
@@ -45,27 +49,44 @@ class ChatTemplate:
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         try:
             self._template = environment.from_string(source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"the chat template is not valid: {_one_line(error)}") from error
         self._special_tokens = dict(special_tokens)
+        # Those that are neither ours nor functions of the environment.
+        self._free_variables = (
+            variables - _OWN_VARIABLES - special_tokens.keys() - environment.globals.keys()
+        )
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """Returns the prompt for ``messages``, each with a ``role`` of ROLES and ``content``.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool,
+        arguments: Mapping[str, str | bool] | None = None,
+    ) -> str:
+        """Returns the prompt for ``messages``, each with ``content`` and a ``role`` of ROLES.
 
-        Raises ``ValueError`` for other messages, and for whatever the template itself refuses.
+        They may have a ``name``. ``arguments`` are further variables of the template. Raises
+        ``ValueError`` for other messages, for arguments that the template does not know, and for
+        whatever the template itself refuses.
         """
         for message in messages:
             _check(message)
+        for name in arguments or {}:
+            if name not in self._free_variables:
+                raise ValueError(f"the chat template has no variable {name!r:.80} to be set")
+        variables = {
+            **(arguments or {}),
+            **self._special_tokens,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            "range": _BoundedRange(),
+        }
         pieces, num_characters = [], 0
         try:
-            for piece in self._template.generate(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                range=_BoundedRange(),
-                **self._special_tokens,
-            ):
+            for piece in self._template.generate(variables):
                 num_characters += len(piece)
                 if num_characters > MAX_OUTPUT_CHARACTERS:
                     raise ValueError(
@@ -78,6 +99,31 @@ class ChatTemplate:
                 f"the chat template failed on these messages: {_one_line(error)}"
             ) from error
         return "".join(pieces)
+
+    def render_open(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        arguments: Mapping[str, str | bool] | None = None,
+    ) -> str:
+        """Returns the beginning of the prompt that ends with the content of the last message.
+
+        Raises ``ValueError`` as ``render`` does, without messages, and when the template alters
+        the content so that its end cannot be found.
+        """
+        closed = self.render(messages, False, arguments)
+        if not messages:
+            raise ValueError("there is no last message to continue")
+        # Looking for the content itself could find it in what the template writes behind it.
+        mark = secrets.token_hex(16)
+        content = messages[-1]["content"]
+        last = {**messages[-1], "content": content + mark}
+        marked = self.render([*messages[:-1], last], False, arguments)
+        before, found, _ = marked.rpartition(mark)
+        # A template that trims the content leaves out the white space at its end.
+        for text in (before, before.rstrip()):
+            if found and closed.startswith(text) and text.rstrip().endswith(content.strip()):
+                return text
+        raise ValueError("the chat template alters the last message: it cannot be continued")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -139,6 +185,8 @@ def _check(message: Mapping[str, str]) -> None:
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             raise ValueError(f"every message needs a {key} that is a string")
+    if not isinstance(message.get("name", ""), str):
+        raise ValueError("the name of a message must be a string")
     if message["role"] not in ROLES:
         raise ValueError(f"role must be one of {', '.join(ROLES)}, got {message['role']!r:.40}")
 

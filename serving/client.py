@@ -23,10 +23,14 @@ from serving.events import (
     GenerateOptions,
     Message,
     Prompt,
+    PromptOptions,
     Started,
     Timings,
+    TokenLogprobs,
+    TopLogprob,
     Usage,
-    completion_of,
+    check_one_choice,
+    completions_of,
     event_of,
     generate_request,
     tokenize_request,
@@ -44,9 +48,12 @@ __all__ = [
     "GenerateOptions",
     "Message",
     "Prompt",
+    "PromptOptions",
     "ServerError",
     "Started",
     "Timings",
+    "TokenLogprobs",
+    "TopLogprob",
     "Usage",
 ]
 
@@ -96,13 +103,20 @@ class Client:
 
     def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """The whole output at once."""
-        return completion_of(list(self.generate(prompt, **options)))
+        check_one_choice(options)
+        return self.complete_choices(prompt, **options)[0]
+
+    def complete_choices(
+        self, prompt: Prompt, **options: Unpack[GenerateOptions]
+    ) -> tuple[Completion, ...]:
+        """The whole outputs of all ``n`` choices at once."""
+        return completions_of(self.generate(prompt, **options))
 
     def tokenize(
-        self, prompt: str | Sequence[Message], *, add_special_tokens: bool | None = None
+        self, prompt: str | Sequence[Message], **options: Unpack[PromptOptions]
     ) -> tuple[int, ...]:
         with _errors():
-            response = self._stub.Tokenize(tokenize_request(prompt, add_special_tokens))
+            response = self._stub.Tokenize(tokenize_request(prompt, options))
         return tuple(response.token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, skip_control_tokens: bool = True) -> str:
@@ -125,18 +139,12 @@ class Client:
 
     def wait_until_serving(self, timeout: float) -> None:
         """Returns when the model is loaded; raises ``TimeoutError`` after ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            try:
+        for left in _polls(timeout):
+            with _forgiving_absence():
                 reply = self._health.Check(_HEALTH_REQUEST, timeout=left, wait_for_ready=True)
-            except grpc.RpcError as error:
-                if not _may_come_up(error):
-                    raise _server_error(error) from None
-            else:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             time.sleep(min(_POLL_SECONDS, left))
-        raise TimeoutError(f"the server did not serve within {timeout} s")
 
     def close(self) -> None:
         self._channel.close()
@@ -172,13 +180,20 @@ class AsyncClient:
 
     async def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """The whole output at once."""
-        return completion_of([event async for event in self.generate(prompt, **options)])
+        check_one_choice(options)
+        return (await self.complete_choices(prompt, **options))[0]
+
+    async def complete_choices(
+        self, prompt: Prompt, **options: Unpack[GenerateOptions]
+    ) -> tuple[Completion, ...]:
+        """The whole outputs of all ``n`` choices at once."""
+        return completions_of([event async for event in self.generate(prompt, **options)])
 
     async def tokenize(
-        self, prompt: str | Sequence[Message], *, add_special_tokens: bool | None = None
+        self, prompt: str | Sequence[Message], **options: Unpack[PromptOptions]
     ) -> tuple[int, ...]:
         with _errors():
-            response = await self._stub.Tokenize(tokenize_request(prompt, add_special_tokens))
+            response = await self._stub.Tokenize(tokenize_request(prompt, options))
         return tuple(response.token_ids)
 
     async def detokenize(
@@ -203,18 +218,12 @@ class AsyncClient:
 
     async def wait_until_serving(self, timeout: float) -> None:
         """Returns when the model is loaded; raises ``TimeoutError`` after ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            try:
+        for left in _polls(timeout):
+            with _forgiving_absence():
                 reply = await self._health.Check(_HEALTH_REQUEST, timeout=left, wait_for_ready=True)
-            except grpc.RpcError as error:
-                if not _may_come_up(error):
-                    raise _server_error(error) from None
-            else:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             await asyncio.sleep(min(_POLL_SECONDS, left))
-        raise TimeoutError(f"the server did not serve within {timeout} s")
 
     async def close(self) -> None:
         await self._channel.close()
@@ -237,11 +246,23 @@ def _errors() -> Iterator[None]:
         raise _server_error(error) from None
 
 
-def _may_come_up(error: grpc.RpcError) -> bool:
-    return isinstance(error, grpc.Call) and error.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-    )
+def _polls(timeout: float) -> Iterator[float]:
+    """The seconds that are left, as long as some are; then raises ``TimeoutError``."""
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        yield left
+    raise TimeoutError(f"the server did not serve within {timeout} s")
+
+
+@contextmanager
+def _forgiving_absence() -> Iterator[None]:
+    """Around a call to a server that may still come up."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        absent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        if not isinstance(error, grpc.Call) or error.code() not in absent:
+            raise _server_error(error) from None
 
 
 def _server_error(error: grpc.RpcError) -> ServerError:

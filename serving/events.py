@@ -1,6 +1,6 @@
 """What a client sends and gets, and how it stands in messages. Imports neither gRPC nor JAX."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -13,48 +13,98 @@ class Message:
 
     role: str
     content: str
+    name: str | None = None
 
 
 # Text, token ids, or a conversation.
 type Prompt = str | Sequence[int] | Sequence[Message]
 
 
-class GenerateOptions(TypedDict, total=False):
+class PromptOptions(TypedDict, total=False):
+    """How a prompt becomes tokens: fields of the .proto. All but the first are for chats."""
+
+    add_special_tokens: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_arguments: Mapping[str, str]
+
+
+class GenerateOptions(PromptOptions, total=False):
     """Keywords of ``generate`` and ``complete``. What is left out is the server's default.
 
     ``timeout`` is the call's deadline in seconds; the others are fields of the .proto.
     """
 
     request_id: str
-    max_tokens: int
+    model: str
+    priority: int
+    cache_salt: str
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
     ignore_eos: bool
+    include_stop_in_output: bool
+    n: int
+    logprobs: int
+    prompt_logprobs: int
+    skip_control_tokens: bool
     stream: bool
-    add_special_tokens: bool
     timeout: float
 
 
 @dataclass(frozen=True)
+class TopLogprob:
+    """One of the most probable tokens. ``token`` is its bytes, not always whole characters."""
+
+    token_id: int
+    logprob: float
+    token: bytes
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's natural log-probability and rank (1 is the most probable), and the best ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Started:
-    """The first event. ``seeds`` has one entry a choice; greedy sampling uses none."""
+    """The first event.
+
+    ``seeds`` has one entry, of which choice i uses that and i; greedy sampling uses none.
+    ``prompt_logprobs``, where asked for, has one entry a prompt token, None for the first.
+    """
 
     request_id: str
     num_prompt_tokens: int
     num_cached_tokens: int
     seeds: tuple[int, ...]
     max_tokens: int
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text and tokens of one choice."""
+    """New text and tokens of one choice; ``logprobs`` go with the tokens, where asked for."""
 
     choice: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,11 +130,15 @@ class Timings:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a choice. ``reason`` is "stop", "length" or "abort"."""
+    """The last event of a choice. ``reason`` is "stop", "length" or "abort".
+
+    ``stop_token_id`` or ``stop_string`` is what ended it, for "stop".
+    """
 
     choice: int
     reason: str
     stop_token_id: int | None
+    stop_string: str | None
     usage: Usage
     timings: Timings
 
@@ -94,35 +148,53 @@ type Event = Started | Delta | Finished
 
 @dataclass(frozen=True)
 class Completion:
-    """All events of a request with one choice, put together."""
+    """All events of one choice, put together."""
 
     text: str
     token_ids: tuple[int, ...]
     started: Started
     finished: Finished
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """The message of a call; raises ``ValueError`` for values that no message can hold."""
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
-    for name, value in options.items():
-        if name == "timeout" or value is None:
-            continue
-        target = (
-            request.sampling if name in pb.SamplingParams.DESCRIPTOR.fields_by_name else request
-        )
-        setattr(target, name, value)
+    _set_options(request, {name: value for name, value in options.items() if name != "timeout"})
     return request
 
 
-def tokenize_request(
-    prompt: str | Sequence[Message], add_special_tokens: bool | None
-) -> pb.TokenizeRequest:
-    """The message of a call."""
-    request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
+def tokenize_request(prompt: str | Sequence[Message], options: PromptOptions) -> pb.TokenizeRequest:
+    """The message of a call; raises ``ValueError`` for values that no message can hold."""
+    request = pb.TokenizeRequest()
     _set_prompt(request, prompt)
+    _set_options(request, options)
     return request
+
+
+def _set_options(
+    request: pb.GenerateRequest | pb.TokenizeRequest, options: Mapping[str, object]
+) -> None:
+    for name, value in options.items():
+        if value is None:
+            continue
+        target = request
+        if name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+            assert isinstance(request, pb.GenerateRequest)
+            target = request.sampling
+        elif name in pb.Chat.DESCRIPTOR.fields_by_name:
+            if request.WhichOneof("prompt") != "chat":
+                raise ValueError(f"{name} is for a prompt of messages")
+            target = request.chat
+        if isinstance(value, Mapping):
+            getattr(target, name).update(value)
+        elif target.DESCRIPTOR.fields_by_name[name].is_repeated:
+            if isinstance(value, str):
+                raise ValueError(f"{name} must be several strings, got {value!r:.80}")
+            getattr(target, name).extend(value)
+        else:
+            setattr(target, name, value)
 
 
 def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt) -> None:
@@ -134,7 +206,8 @@ def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt
         if len(messages) != len(prompt):
             raise ValueError("a prompt has either messages or token ids, not both")
         request.chat.messages.extend(
-            pb.ChatMessage(role=message.role, content=message.content) for message in messages
+            pb.ChatMessage(role=message.role, content=message.content, name=message.name)
+            for message in messages
         )
     elif isinstance(request, pb.GenerateRequest):
         request.token_ids.SetInParent()
@@ -154,14 +227,32 @@ def event_of(response: pb.GenerateResponse) -> Event:
                 num_cached_tokens=started.num_cached_tokens,
                 seeds=tuple(started.seeds),
                 max_tokens=started.max_tokens,
+                prompt_logprobs=(
+                    *(None for _ in started.prompt_logprobs[:1]),
+                    *_logprobs(started.prompt_logprobs[1:]),
+                ),
             )
         case "delta":
             delta = response.delta
-            return Delta(delta.choice, delta.text, tuple(delta.token_ids))
+            return Delta(
+                delta.choice, delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs)
+            )
         case "finished":
             return _finished(response.finished)
         case kind:
             raise ValueError(f"this client does not know the event {kind!r}")
+
+
+def _logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            rank=entry.rank,
+            top=tuple(TopLogprob(top.token_id, top.logprob, top.token) for top in entry.top),
+        )
+        for entry in entries
+    )
 
 
 def _finished(finished: pb.Finished) -> Finished:
@@ -170,6 +261,7 @@ def _finished(finished: pb.Finished) -> Finished:
         choice=finished.choice,
         reason=pb.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
         stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
+        stop_string=finished.stop_string if finished.HasField("stop_string") else None,
         usage=Usage(
             **{field.name: getattr(usage, field.name) for field in usage.DESCRIPTOR.fields}
         ),
@@ -182,14 +274,34 @@ def _finished(finished: pb.Finished) -> Finished:
     )
 
 
-def completion_of(events: list[Event]) -> Completion:
-    """Puts the events of a request with one choice together."""
-    deltas = [event for event in events if isinstance(event, Delta)]
-    (started,) = (event for event in events if isinstance(event, Started))
-    (finished,) = (event for event in events if isinstance(event, Finished))
-    return Completion(
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        started=started,
-        finished=finished,
+def completions_of(events: Iterable[Event]) -> tuple[Completion, ...]:
+    """Puts the events of a request together: one completion a choice, in order of choices."""
+    started: Started | None = None
+    deltas: dict[int, list[Delta]] = {}
+    ends: dict[int, Finished] = {}
+    for event in events:
+        match event:
+            case Started():
+                started = event
+            case Delta():
+                deltas.setdefault(event.choice, []).append(event)
+            case Finished():
+                ends[event.choice] = event
+    if started is None or not ends:
+        raise ValueError("the stream ended before the request did")
+    return tuple(
+        Completion(
+            text="".join(delta.text for delta in deltas.get(choice, ())),
+            token_ids=tuple(i for delta in deltas.get(choice, ()) for i in delta.token_ids),
+            started=started,
+            finished=finished,
+            logprobs=tuple(entry for delta in deltas.get(choice, ()) for entry in delta.logprobs),
+        )
+        for choice, finished in sorted(ends.items())
     )
+
+
+def check_one_choice(options: GenerateOptions) -> None:
+    """Raises ``ValueError`` where there may be several completions, or none."""
+    if options.get("n") not in (None, 1):
+        raise ValueError(f"n is {options.get('n')}: complete_choices returns several choices")

@@ -1,21 +1,23 @@
 """The one thread that owns the engine, and the streams through which asyncio talks to it.
 
 Two sides, no locks. The asyncio thread owns the table of live requests and every stream; the
-engine's thread owns the engine. Commands go in through one queue, on which an idle engine blocks;
-outputs come back once a step through ``call_soon_threadsafe``. Knows no gRPC, no text, no JAX.
+engine's thread owns the engine and, once they are submitted, the texts of the choices: a stop
+string is noticed before the next step is scheduled. Commands go in through one queue, on which an
+idle engine blocks; outputs come back once a step through ``call_soon_threadsafe``. Knows no gRPC,
+no tokenizer, no JAX.
 """
 
 import asyncio
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from jaxinfer.request import FinishReason, Request
+from jaxinfer.request import Request
 from jaxinfer.schedule import EngineStats, RequestOutput
+from serving.request_stream import RequestStream, TextOutput
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +29,12 @@ class Engine(Protocol):
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Gives the request's pages back. Harmless when it is unknown or has finished."""
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """Ends one choice, or all, and gives the pages back. Harmless when it is unknown."""
         ...
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and tells what is new; called while ``has_unfinished``."""
+        """Runs on and tells what is new, maybe nothing yet; called while ``has_unfinished``."""
         ...
 
     @property
@@ -40,6 +42,14 @@ class Engine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+
+class Text(Protocol):
+    """The text of one choice. Used by the asyncio thread until it is submitted, then no more."""
+
+    def add(self, output: RequestOutput) -> TextOutput:
+        """The output with its text, cut and finished where a stop string ends it."""
+        ...
 
 
 class RequestRefusedError(Exception):
@@ -62,85 +72,10 @@ class EngineFailedError(Exception):
     """The engine raised: nothing can be served by this process any more."""
 
 
-class RequestStream:
-    """The outputs of one request, read by one asyncio task.
-
-    A reader that is slow finds the steps it missed merged into one output: what is held never
-    exceeds the request's own ``max_tokens`` tokens, and nothing is lost. Leave it through
-    ``EngineLoop.close``.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.first_token_at: float | None = None  # time.monotonic()
-        self._last = RequestOutput(
-            request_id=request.request_id,
-            token_ids=(),
-            num_prompt_tokens=len(request.prompt_token_ids),
-        )
-        self._is_read = True
-        self._token_ids: list[int] = []
-        self._num_output_tokens = 0
-        self._finished = False
-        self._error: Exception | None = None
-        self._changed = asyncio.Event()
-
-    async def read(self) -> RequestOutput:
-        """What is new, waiting for it if nothing is; the last one has a ``finish_reason``.
-
-        Raises ``RequestRefusedError`` or ``EngineFailedError``; what came before is read first.
-        """
-        assert not (self._finished and self._is_read and self._error is None), "nothing to read"
-        await self._changed.wait()
-        self._changed.clear()
-        if self._is_read:
-            assert self._error is not None
-            raise self._error
-        if self._error is not None:
-            self._changed.set()
-        output = replace(self._last, token_ids=tuple(self._token_ids))
-        self._token_ids = []
-        self._is_read = True
-        return output
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing more will come; what came may still have to be read."""
-        return self._finished
-
-    def _put(self, output: RequestOutput) -> None:
-        if self._finished:
-            return
-        if output.token_ids and self.first_token_at is None:
-            self.first_token_at = time.monotonic()
-        self._token_ids.extend(output.token_ids)
-        self._num_output_tokens += len(output.token_ids)
-        self._last = output
-        self._is_read = False
-        self._finished = output.finish_reason is not None
-        self._changed.set()
-
-    def _abort(self) -> None:
-        """Finishes the stream as aborted; late outputs of the engine are dropped."""
-        self._put(
-            replace(
-                self._last,
-                token_ids=(),
-                finish_reason=FinishReason.ABORT,
-                num_output_tokens=self._num_output_tokens,
-            )
-        )
-
-    def _fail(self, error: Exception) -> None:
-        if not self._finished:
-            self._error = error
-            self._finished = True
-            self._changed.set()
-
-
 @dataclass(frozen=True)
 class _Add:
     stream: RequestStream
+    texts: dict[int, Text]  # of the choices that run
 
 
 @dataclass(frozen=True)
@@ -157,8 +92,8 @@ class _Stop:
 class _Delivery:
     """What one turn of the engine's thread has to tell the asyncio thread."""
 
-    outputs: list[tuple[RequestStream, RequestOutput]] = field(default_factory=list)
-    refused: list[tuple[RequestStream, str]] = field(default_factory=list)
+    outputs: list[tuple[RequestStream, TextOutput]] = field(default_factory=list)
+    failed: list[tuple[RequestStream, Exception]] = field(default_factory=list)
     stats: EngineStats | None = None
 
 
@@ -166,14 +101,22 @@ class EngineLoop:
     """Runs an engine in a thread of its own for the asyncio loop that constructs it.
 
     Every method is called from that asyncio loop. ``max_live_requests`` bounds what is accepted
-    and not finished, waiting requests included.
+    and not finished, waiting requests included. ``on_end`` gets what the engine raised, or None,
+    when the thread has ended.
     """
 
-    def __init__(self, engine: Engine, *, max_live_requests: int = 512) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_live_requests: int = 512,
+        on_end: Callable[[BaseException | None], None] = lambda _: None,
+    ) -> None:
         if max_live_requests < 1:
             raise ValueError(f"max_live_requests must be at least 1, got {max_live_requests}")
         self.max_live_requests = max_live_requests
         self._engine = engine
+        self._on_end = on_end
         self._asyncio_loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._live: dict[str, RequestStream] = {}
@@ -215,17 +158,18 @@ class EngineLoop:
                 f"{len(self._live)} requests are live, the limit is {self.max_live_requests}"
             )
 
-    def submit(self, request: Request) -> RequestStream:
+    def submit(self, request: Request, new_text: Callable[[], Text]) -> RequestStream:
         """Hands a request to the engine; its stream must be given to ``close`` in the end.
 
-        Raises ``EngineFailedError``, ``NotServingError``, ``DuplicateRequestError`` or
-        ``TooManyRequestsError``.
+        ``new_text`` makes the text of one choice. Raises ``EngineFailedError``,
+        ``NotServingError``, ``DuplicateRequestError`` or ``TooManyRequestsError``.
         """
         self.check_accepts(request.request_id)
+        texts = {choice: new_text() for choice in range(request.n)}
         stream = RequestStream(request)
         self._live[request.request_id] = stream
         self._none_live.clear()
-        self._inbox.put(_Add(stream))
+        self._inbox.put(_Add(stream, texts))
         return stream
 
     def close(self, stream: RequestStream) -> None:
@@ -239,7 +183,7 @@ class EngineLoop:
         stream = self._live.get(request_id)
         if stream is None:
             return False
-        stream._abort()
+        stream.abort()
         self.close(stream)
         return True
 
@@ -248,6 +192,17 @@ class EngineLoop:
         for request_id in tuple(self._live):
             self.abort(request_id)
 
+    def fail(self, failure: BaseException) -> None:
+        """Ends as if this engine had raised ``failure``: another one of the server did."""
+        if self._failure is None:
+            self._failure = failure
+            self._fail_streams()
+            self._inbox.put(_Stop())
+
+    def stop_accepting(self) -> None:
+        """Refuses new requests from now on; those that are live go on."""
+        self._is_draining = True
+
     async def drain(self, grace_seconds: float, stop_seconds: float = 10.0) -> None:
         """Accepts nothing more, lets what runs finish, aborts the rest, ends the thread.
 
@@ -255,7 +210,7 @@ class EngineLoop:
         ``EngineFailedError`` when the engine failed, before or meanwhile, or does not come back
         from its step.
         """
-        self._is_draining = True
+        self.stop_accepting()
         finished = asyncio.create_task(self._none_live.wait())
         ended = asyncio.create_task(self.ended.wait())
         try:
@@ -282,19 +237,23 @@ class EngineLoop:
     def _deliver(self, delivery: _Delivery) -> None:
         self._stats = delivery.stats or self._stats
         for stream, output in delivery.outputs:
-            stream._put(output)
+            stream.put(output)
             if stream.is_finished:
                 self._forget(stream)
-        for stream, message in delivery.refused:
-            stream._fail(RequestRefusedError(message))
+        for stream, error in delivery.failed:
+            stream.fail(error)
             self._forget(stream)
 
     def _end(self, failure: BaseException | None) -> None:
-        self._failure = failure
-        for stream in tuple(self._live.values()):
-            stream._fail(EngineFailedError("the engine failed; the server is going down"))
-            self._forget(stream)
+        self._failure = self._failure or failure
+        self._fail_streams()
         self.ended.set()
+        self._on_end(failure)
+
+    def _fail_streams(self) -> None:
+        for stream in tuple(self._live.values()):
+            stream.fail(EngineFailedError("the engine failed; the server is going down"))
+            self._forget(stream)
 
     # --------------------------------------------------------------- the engine's thread
 
@@ -309,16 +268,17 @@ class EngineLoop:
         self._tell(self._end, failure)
 
     def _turn_until_stopped(self) -> None:
-        # The streams that the engine works for. An id is given to a new request only behind the
+        # The requests that the engine works for. An id is given to a new request only behind the
         # old one's abort in the inbox, so what is here under an id is what an abort is for.
-        active: dict[str, RequestStream] = {}
+        active: dict[str, _Add] = {}
         is_stopping = False
+        delivery = _Delivery()
         while not is_stopping:
-            delivery = _Delivery()
+            delivery = _Delivery(stats=delivery.stats)
             for command in self._commands():
                 match command:
-                    case _Add(stream):
-                        self._add(stream, active, delivery)
+                    case _Add():
+                        self._add(command, active, delivery)
                     case _Abort(stream):
                         if active.pop(stream.request.request_id, None) is not None:
                             self._engine.abort(stream.request.request_id)
@@ -329,17 +289,14 @@ class EngineLoop:
                         is_stopping = True
             if self._engine.has_unfinished and not is_stopping:
                 for output in self._engine.step():
-                    stream = active.get(output.request_id)
-                    if stream is None:
-                        continue
-                    if output.finish_reason is not None:
-                        del active[output.request_id]
-                    delivery.outputs.append((stream, output))
+                    self._take(output, active, delivery)
             if active and not self._engine.has_unfinished:
                 # Blocking on the inbox now would leave their clients waiting for ever.
                 raise RuntimeError(f"the engine lost {sorted(active)}")
-            delivery.stats = self._engine.stats
-            self._tell(self._deliver, delivery)
+            told, delivery.stats = delivery.stats, self._engine.stats
+            # An engine with work in flight often has nothing to say: that wakes nobody.
+            if delivery.outputs or delivery.failed or delivery.stats != told:
+                self._tell(self._deliver, delivery)
 
     def _commands(self) -> list[_Add | _Abort | _Stop]:
         """What waits in the inbox; blocks for the first one while the engine has nothing to do."""
@@ -350,15 +307,36 @@ class EngineLoop:
             except queue.Empty:
                 return commands
 
-    def _add(
-        self, stream: RequestStream, active: dict[str, RequestStream], delivery: _Delivery
-    ) -> None:
+    def _add(self, command: _Add, active: dict[str, _Add], delivery: _Delivery) -> None:
         try:
-            self._engine.add(stream.request)
+            self._engine.add(command.stream.request)
         except ValueError as error:
-            delivery.refused.append((stream, str(error)))
+            delivery.failed.append((command.stream, RequestRefusedError(str(error))))
         else:
-            active[stream.request.request_id] = stream
+            active[command.stream.request.request_id] = command
+
+    def _take(self, output: RequestOutput, active: dict[str, _Add], delivery: _Delivery) -> None:
+        """Gives an output its text; ends the choice in the engine when the text ended it."""
+        request_id, choice = output.request_id, output.choice
+        if request_id not in active or choice not in active[request_id].texts:
+            return  # late: the choice has ended
+        stream, texts = active[request_id].stream, active[request_id].texts
+        try:
+            text_output = texts[choice].add(output)
+        except Exception as error:
+            # That one request's text cannot be made is no reason to end the others.
+            delivery.failed.append((stream, error))
+            del active[request_id]
+            self._engine.abort(request_id)
+            return
+        delivery.outputs.append((stream, text_output))
+        if text_output.output.finish_reason is None:
+            return
+        del texts[choice]
+        if not texts:
+            del active[request_id]
+        if output.finish_reason is None:
+            self._engine.abort(request_id, choice)
 
     def _tell[T](self, callback: Callable[[T], None], value: T) -> None:
         try:

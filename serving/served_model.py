@@ -1,6 +1,6 @@
-"""What a server serves: an engine, a tokenizer and their description. Knows no gRPC, no files."""
+"""What a server serves: engines, a tokenizer and their description. Knows no gRPC, no files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Protocol
@@ -16,7 +16,17 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int], skip_control_tokens: bool = True) -> str: ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes:
+        """The bytes of one token, not always whole characters."""
+        ...
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_arguments: Mapping[str, str | bool] | None = None,
+    ) -> list[int]:
         """Raises ``ValueError`` when the template refuses the conversation."""
         ...
 
@@ -33,27 +43,20 @@ class Tokenizer(Protocol):
     def bos_token_id(self) -> int | None: ...
 
 
-class Detokenizer(Protocol):
-    """Turns one output's tokens into text as they come, whole characters only."""
-
-    def add(self, token_ids: Sequence[int]) -> str: ...
-
-    def finish(self) -> str:
-        """What was held back; called once, after the last token."""
-        ...
-
-
 @dataclass(frozen=True)
 class ServedModel:
-    """All that a service is given. ``quantization`` names the weights' format, "" for none."""
+    """All that a service is given. ``quantization`` names the weights' format, "" for none.
+
+    Every one of ``engines`` has the whole model and an ``engine_config`` of its own; a request is
+    given to one of them.
+    """
 
     name: str
     model: ModelConfig
-    engine: Engine
+    engines: tuple[Engine, ...]
     engine_config: EngineConfig
     dtypes: DtypePolicy
     tokenizer: Tokenizer
-    new_detokenizer: Callable[[], Detokenizer]
     quantization: str = ""
 
 

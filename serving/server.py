@@ -17,8 +17,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # "health.aio", as its types name it
 from grpc_reflection.v1alpha import reflection
 
-from serving.loop import EngineLoop
+from serving.decoding import UndecodableRefuser
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
+from serving.replicas import Replicas
 from serving.served_model import ServedModel
 from serving.service import InferenceService
 
@@ -91,7 +92,7 @@ async def serve(
 ) -> None:
     """Listens, loads the model in a thread, serves it, drains.
 
-    ``load`` returns a model whose engine is compiled. ``on_listening`` and ``on_ready`` get the
+    ``load`` returns a model whose engines are compiled. ``on_listening`` and ``on_ready`` get the
     port, chosen by the system where ``port`` is 0. SIGTERM or SIGINT drains: running requests get
     ``grace_seconds``, a second signal ends them at once. Where ``stop`` is given, that event is
     the signal and the process's own signals are left alone.
@@ -102,7 +103,11 @@ async def serve(
     _check_can_listen(host, port)
     service = InferenceService()
     health_service = HealthServicer()
-    server = grpc.aio.server(options=CHANNEL_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+    server = grpc.aio.server(
+        interceptors=(UndecodableRefuser(f"/{SERVICE_NAME}/"),),
+        options=CHANNEL_OPTIONS,
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection(
@@ -110,24 +115,24 @@ async def serve(
     )
     await _set_health(health_service, is_serving=False)
     port = _listen(server, host, port)
-    engine_loop: EngineLoop | None = None
+    replicas: Replicas | None = None
     with _stop_events(stop) as (stop, hurry):
         try:
             await server.start()
             if on_listening is not None:
                 on_listening(port)
             served = await _load(load, stop)
-            engine_loop = EngineLoop(served.engine, max_live_requests=max_live_requests)
-            service.attach(served, engine_loop)
+            replicas = Replicas(served.engines, max_live_requests=max_live_requests)
+            service.attach(served, replicas)
             await _set_health(health_service, is_serving=True)
             if on_ready is not None:
                 on_ready(port)
-            await _first(stop.wait(), engine_loop.ended.wait())
+            await _first(stop.wait(), replicas.ended.wait())
         finally:
             try:
                 await _set_health(health_service, is_serving=False)
-                if engine_loop is not None:
-                    await _drain(engine_loop, grace_seconds, hurry)
+                if replicas is not None:
+                    await _drain(replicas, grace_seconds, hurry)
             finally:
                 await server.stop(CLOSE_SECONDS)
                 service.close()
@@ -218,11 +223,11 @@ async def _load(load: Callable[[], ServedModel], stop: asyncio.Event) -> ServedM
     return loaded.result()
 
 
-async def _drain(engine_loop: EngineLoop, grace_seconds: float, hurry: asyncio.Event) -> None:
-    draining = asyncio.ensure_future(engine_loop.drain(grace_seconds))
+async def _drain(replicas: Replicas, grace_seconds: float, hurry: asyncio.Event) -> None:
+    draining = asyncio.ensure_future(replicas.drain(grace_seconds))
     await _first(draining, hurry.wait())
     if not draining.done():
-        engine_loop.abort_all()
+        replicas.abort_all()
     await draining
 
 

@@ -8,37 +8,39 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
-from jaxinfer.request import LIMITS, FinishReason, Request
-from jaxinfer.schedule import RequestOutput
+from jaxinfer.request import Request
+from serving import responses
 from serving.loop import (
     DuplicateRequestError,
     EngineFailedError,
-    EngineLoop,
     NotServingError,
     RequestRefusedError,
-    RequestStream,
     TooManyRequestsError,
 )
+from serving.output_text import output_texts
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
-from serving.served_model import Detokenizer, ServedModel, package_version
+from serving.replicas import Replicas
+from serving.request_stream import RequestStream
+from serving.served_model import ServedModel, Tokenizer
 from serving.validate import (
-    DEFAULT_MAX_TOKENS,
-    SUPPORTED_FIELDS,
+    check_generation,
     check_prompt,
     check_request_id,
     check_token_ids,
+    is_on,
     max_tokens_in_effect,
     refuse_unsupported,
     sampling_params,
+    text_options,
 )
 
 logger = logging.getLogger(__name__)
@@ -51,13 +53,8 @@ STATUS_CODES: dict[type[Exception], grpc.StatusCode] = {
     EngineFailedError: grpc.StatusCode.INTERNAL,
 }
 
-FINISH_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
-}
-
-# Texts of up to this many characters (ids, for decoding) take less time than changing threads.
+# Texts of up to this many characters (ids, for decoding; log-probabilities, for a prompt) take
+# less time than changing threads.
 SHORT_PROMPT = 2048
 # Details travel in a header of at most 8 KiB, where a character can take 12 bytes.
 MAX_DETAIL_CHARACTERS = 500
@@ -81,6 +78,8 @@ def _checked_call[S, Q: Message, R](method: _Method[S, Q, R]) -> _Method[S, Q, R
     @wraps(method)
     async def call(self: S, request: Q, context: grpc.aio.ServicerContext) -> R:
         try:
+            if isinstance(request, DecodeError):
+                raise RequestRefusedError("the request is no message of this method")
             with _refusing_value_errors():
                 refuse_unsupported(request)
             return await method(self, request, context)
@@ -101,7 +100,7 @@ class _Serving:
     """What exists only once the model is loaded."""
 
     served: ServedModel
-    loop: EngineLoop
+    replicas: Replicas
     since: float  # time.monotonic()
 
 
@@ -112,9 +111,9 @@ class InferenceService:
         self._serving: _Serving | None = None
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
-    def attach(self, served: ServedModel, loop: EngineLoop) -> None:
-        """Starts serving a model whose engine ``loop`` runs."""
-        self._serving = _Serving(served, loop, time.monotonic())
+    def attach(self, served: ServedModel, replicas: Replicas) -> None:
+        """Starts serving a model whose engines ``replicas`` runs."""
+        self._serving = _Serving(served, replicas, time.monotonic())
 
     def close(self) -> None:
         """Ends the service's threads; no call may be running."""
@@ -134,17 +133,18 @@ class InferenceService:
         with _refusing_value_errors():
             check_request_id(request_id)
         # Before tokenizing, so that refusing costs little when there is too much to do.
-        serving.loop.check_accepts(request_id)
-        stream = serving.loop.submit(await self._admit(request, request_id, serving.served))
+        serving.replicas.check_accepts(request_id)
+        admitted = await self._admit(request, request_id, serving.served)
+        new_text = output_texts(serving.served.tokenizer, text_options(request.sampling))
+        stream = serving.replicas.submit(admitted, new_text)
         try:
             await context.send_initial_metadata((("jaxinfer-request-id", request_id),))
-            is_streaming = request.stream or not request.HasField("stream")
-            outputs = _outputs(stream) if is_streaming else _whole_output(stream)
-            detokenizer = serving.served.new_detokenizer()
-            await _send_events(context, stream, outputs, detokenizer, arrived)
+            await self._send_events(
+                context, stream, not is_on(request, "stream"), serving.served, arrived
+            )
         finally:
             # However this ends, also by cancellation: the pages go back.
-            serving.loop.close(stream)
+            serving.replicas.close(stream)
 
     @_checked_call
     async def Tokenize(
@@ -164,7 +164,7 @@ class InferenceService:
         with _refusing_value_errors():
             token_ids = tuple(request.token_ids)
             check_token_ids(token_ids, tokenizer.vocab_size)
-        skip = request.skip_control_tokens or not request.HasField("skip_control_tokens")
+        skip = is_on(request, "skip_control_tokens")
         text = await self._in_thread(
             lambda: tokenizer.decode(token_ids, skip_control_tokens=skip), len(token_ids)
         )
@@ -174,14 +174,14 @@ class InferenceService:
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
-        return _model_info(self._ready().served)
+        return responses.model_info(self._ready().served)
 
     @_checked_call
     async def GetLoad(
         self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetLoadResponse:
         serving = self._ready()
-        stats = serving.loop.stats
+        stats = serving.replicas.stats
         return pb.GetLoadResponse(
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
@@ -191,9 +191,11 @@ class InferenceService:
             num_output_tokens=stats.num_output_tokens,
             num_preemptions=stats.num_preemptions,
             uptime_seconds=time.monotonic() - serving.since,
-            num_live_requests=serving.loop.num_live_requests,
-            max_live_requests=serving.loop.max_live_requests,
-            accepting=serving.loop.is_accepting,
+            num_live_requests=serving.replicas.num_live_requests,
+            max_live_requests=serving.replicas.max_live_requests,
+            accepting=serving.replicas.is_accepting,
+            num_cached_tokens=stats.num_cached_tokens,
+            num_cached_pages=stats.num_cached_pages,
         )
 
     @_checked_call
@@ -203,7 +205,7 @@ class InferenceService:
         serving = self._ready()
         with _refusing_value_errors():
             check_request_id(request.request_id)
-        return pb.AbortResponse(was_live=serving.loop.abort(request.request_id))
+        return pb.AbortResponse(was_live=serving.replicas.abort(request.request_id))
 
     # ------------------------------------------------------------------- from call to request
 
@@ -215,18 +217,29 @@ class InferenceService:
     async def _admit(
         self, request: pb.GenerateRequest, request_id: str, served: ServedModel
     ) -> Request:
+        wanted = request.sampling
         with _refusing_value_errors():
-            sampling = sampling_params(request.sampling)
+            check_generation(request, served.name)
+            sampling = sampling_params(wanted)
         token_ids = await self._encode(request, served)
         with _refusing_value_errors():
             max_model_len = served.engine_config.max_model_len
             admitted = Request(
                 request_id=request_id,
                 prompt_token_ids=tuple(token_ids),
-                max_tokens=max_tokens_in_effect(request.sampling, len(token_ids), max_model_len),
+                max_tokens=max_tokens_in_effect(wanted, len(token_ids), max_model_len),
                 sampling=sampling,
                 eos_token_ids=served.tokenizer.eos_token_ids,
-                ignore_eos=request.sampling.ignore_eos,
+                ignore_eos=wanted.ignore_eos,
+                stop_token_ids=tuple(wanted.stop_token_ids),
+                min_tokens=wanted.min_tokens,
+                n=wanted.n if wanted.HasField("n") else 1,
+                logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
+                prompt_logprobs=(
+                    wanted.prompt_logprobs if wanted.HasField("prompt_logprobs") else None
+                ),
+                priority=request.priority,
+                cache_salt=request.cache_salt,
             )
             admitted.check_fits(served.model.vocab_size, max_model_len)
         return admitted
@@ -239,20 +252,14 @@ class InferenceService:
             num_characters = check_prompt(request, tokenizer.has_chat_template)
             match request.WhichOneof("prompt"):
                 case "text":
-                    special = request.add_special_tokens or not request.HasField(
-                        "add_special_tokens"
-                    )
+                    special = is_on(request, "add_special_tokens")
                     return await self._in_thread(
                         lambda: tokenizer.encode(request.text, add_special_tokens=special),
                         num_characters,
                     )
                 case "chat":
-                    messages = [
-                        {"role": message.role, "content": message.content}
-                        for message in request.chat.messages
-                    ]
                     return await self._in_thread(
-                        lambda: tokenizer.encode_chat(messages), num_characters
+                        lambda: _encode_chat(request.chat, tokenizer), num_characters
                     )
                 case _:
                     assert isinstance(request, pb.GenerateRequest)
@@ -263,105 +270,53 @@ class InferenceService:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-
-async def _outputs(stream: RequestStream) -> AsyncIterator[RequestOutput]:
-    while True:
-        output = await stream.read()
-        yield output
-        if output.finish_reason is not None:
-            return
-
-
-async def _whole_output(stream: RequestStream) -> AsyncIterator[RequestOutput]:
-    token_ids: list[int] = []
-    async for output in _outputs(stream):
-        token_ids.extend(output.token_ids)
-        if output.finish_reason is not None:
-            yield replace(output, token_ids=tuple(token_ids))
-
-
-async def _send_events(
-    context: grpc.aio.ServicerContext,
-    stream: RequestStream,
-    outputs: AsyncIterator[RequestOutput],
-    detokenizer: Detokenizer,
-    arrived: float,
-) -> None:
-    is_started = False
-    async for output in outputs:
-        if not is_started:
-            started = _started(stream.request, output)
-            await context.write(pb.GenerateResponse(started=started))
-            is_started = True
-        text = detokenizer.add(output.token_ids)
-        if output.finish_reason is not None:
-            text += detokenizer.finish()
-        if output.token_ids or text:
-            delta = pb.Delta(choice=0, text=text, token_ids=output.token_ids)
-            await context.write(pb.GenerateResponse(delta=delta))
-        if output.finish_reason is not None:
-            timings = pb.Timings(
-                queue_seconds=output.queue_seconds,
-                total_seconds=time.monotonic() - arrived,
-            )
-            if stream.first_token_at is not None:
-                timings.time_to_first_token_seconds = stream.first_token_at - arrived
-            await context.write(pb.GenerateResponse(finished=_finished(output, timings)))
+    async def _send_events(
+        self,
+        context: grpc.aio.ServicerContext,
+        stream: RequestStream,
+        whole: bool,
+        served: ServedModel,
+        arrived: float,
+    ) -> None:
+        tokenizer, is_started = served.tokenizer, False
+        async for told in stream.outputs(whole):
+            output = told.output
+            if not is_started:
+                num_logprobs = len(output.prompt_logprobs) * (
+                    1 + (stream.request.prompt_logprobs or 0)
+                )
+                started = await self._in_thread(
+                    partial(responses.started, stream.request, output, tokenizer), num_logprobs
+                )
+                await context.write(started)
+                is_started = True
+            if output.token_ids or told.text:
+                await context.write(responses.delta(told, tokenizer))
+            if output.finish_reason is not None:
+                timings = pb.Timings(
+                    queue_seconds=output.queue_seconds,
+                    total_seconds=time.monotonic() - arrived,
+                )
+                first_token_at = stream.first_token_at(output.choice)
+                if first_token_at is not None:
+                    timings.time_to_first_token_seconds = first_token_at - arrived
+                await context.write(responses.finished(told, timings))
 
 
-def _started(request: Request, output: RequestOutput) -> pb.Started:
-    return pb.Started(
-        request_id=request.request_id,
-        num_prompt_tokens=len(request.prompt_token_ids),
-        num_cached_tokens=output.num_cached_tokens,
-        seeds=(request.sampling.seed,) if request.sampling.temperature > 0 else (),
-        max_tokens=request.max_tokens,
-    )
-
-
-def _finished(output: RequestOutput, timings: pb.Timings) -> pb.Finished:
-    assert output.finish_reason is not None
-    finished = pb.Finished(
-        choice=0,
-        reason=FINISH_REASONS[output.finish_reason],
-        usage=pb.Usage(
-            num_prompt_tokens=output.num_prompt_tokens,
-            num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=output.num_output_tokens,
-            num_preemptions=output.num_preemptions,
+def _encode_chat(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
+    messages = [
+        {"role": message.role, "content": message.content}
+        | ({"name": message.name} if message.HasField("name") else {})
+        for message in chat.messages
+    ]
+    booleans = {"true": True, "false": False}
+    return tokenizer.encode_chat(
+        messages,
+        add_generation_prompt=(
+            is_on(chat, "add_generation_prompt") and not chat.continue_final_message
         ),
-        timings=timings,
-    )
-    if output.finish_reason is FinishReason.STOP and output.token_ids:
-        finished.stop_token_id = output.token_ids[-1]
-    return finished
-
-
-def _model_info(served: ServedModel) -> pb.GetModelInfoResponse:
-    return pb.GetModelInfoResponse(
-        model_name=served.name,
-        architecture=served.model.architecture,
-        max_model_len=served.engine_config.max_model_len,
-        max_position_embeddings=served.model.max_position_embeddings,
-        vocab_size=served.model.vocab_size,
-        weights_dtype=served.dtypes.weights,
-        activations_dtype=served.dtypes.activations,
-        kv_cache_dtype=served.dtypes.kv_cache,
-        quantization=served.quantization,
-        num_pages=served.engine_config.num_pages,
-        page_size=served.engine_config.page_size,
-        max_num_seqs=served.engine_config.max_num_seqs,
-        max_num_batched_tokens=served.engine_config.max_num_batched_tokens,
-        default_max_tokens=DEFAULT_MAX_TOKENS,
-        limits=[
-            pb.FieldLimit(name=name, low=limit.low, high=limit.high, low_excluded=limit.above)
-            for name, limit in LIMITS.items()
-        ],
-        supported_fields=sorted(
-            f"{message}.{field}" for message, fields in SUPPORTED_FIELDS.items() for field in fields
-        ),
-        version=package_version(),
-        eos_token_ids=served.tokenizer.eos_token_ids,
-        bos_token_id=served.tokenizer.bos_token_id,
-        has_chat_template=served.tokenizer.has_chat_template,
+        continue_final_message=chat.continue_final_message,
+        template_arguments={
+            name: booleans.get(value, value) for name, value in chat.template_arguments.items()
+        },
     )

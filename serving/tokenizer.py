@@ -5,6 +5,7 @@ Knows nothing of files or of the engine.
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
@@ -127,23 +128,43 @@ class Tokenizer:
         return token.encode()
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_arguments: Mapping[str, str | bool] | None = None,
     ) -> str:
         """Returns the prompt text of a chat, special tokens written out.
 
+        ``continue_final_message`` leaves the last message open, without a generation prompt.
         Raises ``ValueError`` when the checkpoint has no chat template, for an unknown role, and
-        when the template refuses the messages.
+        when the template refuses the messages or the arguments.
         """
         if self._template is None:
             raise ValueError("this checkpoint has no chat template; send text or token ids")
-        return self._template.render(messages, add_generation_prompt)
+        arguments = template_arguments or {}
+        if continue_final_message:
+            return self._template.render_open(messages, arguments)
+        return self._template.render(messages, add_generation_prompt, arguments)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_arguments: Mapping[str, str | bool] | None = None,
     ) -> list[int]:
         """Returns the token ids of a chat. The template writes BOS itself where it wants one."""
-        text = self.render_chat(messages, add_generation_prompt)
+        text = self.render_chat(
+            messages, add_generation_prompt, continue_final_message, template_arguments
+        )
         return self.encode(text, add_special_tokens=False)
+
+
+class TokenBytes(Protocol):
+    """What a detokenizer needs of a tokenizer."""
+
+    def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes: ...
 
 
 class Detokenizer:
@@ -153,7 +174,7 @@ class Detokenizer:
     first 3 bytes of a character are held back, until the rest comes or cannot come any more.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_control_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: TokenBytes, skip_control_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_control_tokens = skip_control_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

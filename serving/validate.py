@@ -5,49 +5,51 @@ Every function raises ``ValueError`` naming the field, the value and the limit.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxinfer.request import LIMITS, SamplingParams
+from jaxinfer.request import LIMITS, Limit, SamplingParams
+from serving.output_text import TextOptions
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 # New tokens when a request does not say; the .proto promises it.
 DEFAULT_MAX_TOKENS = 256
 
+# What a chat may have besides messages, whose limits are the engine's.
+CHAT_LIMITS: Mapping[str, Limit] = {
+    "name_characters": Limit(1, 64),
+    "num_template_arguments": Limit(0, 32),
+    "template_argument_characters": Limit(1, 64),  # of the name; values count as prompt
+}
+
 # The fields that are served. Whatever is not named here is refused when it is set, so a field
 # that is new in the schema is refused until somebody builds it.
 SUPPORTED_FIELDS: Mapping[str, frozenset[str]] = {
     "GenerateRequest": frozenset(
-        ("request_id", "text", "token_ids", "chat", "sampling", "stream", "add_special_tokens")
+        (
+            *("request_id", "text", "token_ids", "chat", "sampling", "stream"),
+            *("add_special_tokens", "priority", "cache_salt", "model"),
+        )
     ),
     "SamplingParams": frozenset(
-        ("temperature", "top_k", "top_p", "seed", "max_tokens", "ignore_eos")
+        (
+            *("temperature", "top_k", "top_p", "min_p", "seed", "logit_bias"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
+            *("include_stop_in_output", "n", "logprobs", "prompt_logprobs"),
+            "skip_control_tokens",
+        )
     ),
     "TokenIds": frozenset(("ids",)),
-    "Chat": frozenset(("messages",)),
-    "ChatMessage": frozenset(("role", "content")),
+    "Chat": frozenset(
+        ("messages", "add_generation_prompt", "continue_final_message", "template_arguments")
+    ),
+    "ChatMessage": frozenset(("role", "content", "name")),
     "TokenizeRequest": frozenset(("text", "chat", "add_special_tokens")),
     "DetokenizeRequest": frozenset(("token_ids", "skip_control_tokens")),
     "AbortRequest": frozenset(("request_id",)),
-}
-
-# Values that say the same as not setting the field: allowed where the field is not supported.
-NEUTRAL_VALUES: Mapping[str, object] = {
-    "GenerateRequest.priority": 0,
-    "GenerateRequest.cache_salt": "",
-    "GenerateRequest.model": "",
-    "SamplingParams.min_p": 0.0,
-    "SamplingParams.repetition_penalty": 1.0,
-    "SamplingParams.presence_penalty": 0.0,
-    "SamplingParams.frequency_penalty": 0.0,
-    "SamplingParams.min_tokens": 0,
-    "SamplingParams.include_stop_in_output": False,
-    "SamplingParams.n": 1,
-    "SamplingParams.skip_control_tokens": True,
-    "Chat.add_generation_prompt": True,
-    "Chat.continue_final_message": False,
 }
 
 
@@ -62,10 +64,8 @@ def refuse_unsupported(message: Message, path: str = "") -> None:
     supported = SUPPORTED_FIELDS.get(name, frozenset())
     for field, value in message.ListFields():
         if field.name not in supported:
-            neutral = NEUTRAL_VALUES.get(f"{name}.{field.name}")
-            if neutral is None or value != neutral:
-                raise ValueError(f"{path}{field.name} is not supported yet")
-        elif field.message_type is None:
+            raise ValueError(f"{path}{field.name} is not supported yet")
+        elif field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
         elif field.is_repeated:
             # Two bytes on the wire make a message: count before walking.
@@ -98,17 +98,52 @@ def check_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, has_chat_temp
     if kind == "text":
         num_characters = len(request.text)
     else:
-        messages = request.chat.messages
-        LIMITS["messages"].check("number of chat.messages", len(messages))
-        for i, message in enumerate(messages):
-            LIMITS["role_characters"].check(
-                f"characters of chat.messages[{i}].role", len(message.role)
-            )
-        num_characters = sum(len(message.content) for message in messages)
+        num_characters = _check_chat(request.chat)
     LIMITS["prompt_characters"].check("characters of the prompt", num_characters)
     if kind == "chat" and not has_chat_template:
         raise ValueError("this model has no chat template: set text or token_ids instead of chat")
     return num_characters
+
+
+def _check_chat(chat: pb.Chat) -> int:
+    LIMITS["messages"].check("number of chat.messages", len(chat.messages))
+    for i, message in enumerate(chat.messages):
+        path = f"characters of chat.messages[{i}]"
+        LIMITS["role_characters"].check(f"{path}.role", len(message.role))
+        if message.HasField("name"):
+            CHAT_LIMITS["name_characters"].check(f"{path}.name", len(message.name))
+    arguments = chat.template_arguments
+    CHAT_LIMITS["num_template_arguments"].check("number of template_arguments", len(arguments))
+    for name in arguments:
+        CHAT_LIMITS["template_argument_characters"].check(
+            f"characters of {name!r:.80}, a name in template_arguments", len(name)
+        )
+    if chat.continue_final_message and chat.add_generation_prompt:
+        raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+    return sum(len(message.content) for message in chat.messages) + sum(
+        len(value) for value in arguments.values()
+    )
+
+
+def check_generation(request: pb.GenerateRequest, model_name: str) -> None:
+    """Checks what can be known to be wrong before anything is made of the request."""
+    if request.model and request.model != model_name:
+        raise ValueError(f"model must be {model_name!r}, which is served, got {request.model!r}")
+    LIMITS["priority"].check("priority", request.priority)
+    LIMITS["cache_salt_characters"].check("characters of cache_salt", len(request.cache_salt))
+    sampling = request.sampling
+    for name in ("max_tokens", "min_tokens", "n", "logprobs", "prompt_logprobs"):
+        if sampling.HasField(name):
+            LIMITS[name].check(name, getattr(sampling, name))
+    LIMITS["num_ending_token_ids"].check("number of stop_token_ids", len(sampling.stop_token_ids))
+    check_stop(sampling.stop)
+
+
+def check_stop(stops: Sequence[str]) -> None:
+    """Checks stop strings."""
+    LIMITS["num_stop"].check("number of stop", len(stops))
+    for i, stop in enumerate(stops):
+        LIMITS["stop_characters"].check(f"characters of stop[{i}]", len(stop))
 
 
 def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
@@ -120,9 +155,7 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
 
 def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     """The sampling asked for; a seed is chosen when sampling needs one and none is given."""
-    for field, value in message.ListFields():
-        if field.name in LIMITS:
-            LIMITS[field.name].check(field.name, value)
+    LIMITS["num_logit_bias"].check("number of logit_bias", len(message.logit_bias))
     defaults = SamplingParams()
     if message.HasField("seed"):
         seed = message.seed
@@ -130,12 +163,32 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         # 53 bits: a client that keeps numbers as doubles can send it back unchanged.
         seed = secrets.randbits(53) if message.temperature > 0 else defaults.seed
     return SamplingParams(
-        # The wire's zero is the default of temperature and top_k, not of top_p.
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p if message.HasField("top_p") else defaults.top_p,
         seed=seed,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        **{name: getattr(message, name) for name in _PLAIN_FIELDS if message.HasField(name)},
     )
+
+
+# Of SamplingParams: taken over as they are, and left at the default where they are not set.
+_PLAIN_FIELDS = (
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+def text_options(message: pb.SamplingParams) -> TextOptions:
+    """How the text is asked for."""
+    return TextOptions(
+        stop=tuple(message.stop),
+        include_stop_in_output=message.include_stop_in_output,
+        skip_control_tokens=is_on(message, "skip_control_tokens"),
+        min_tokens=message.min_tokens,
+    )
+
+
+def is_on(message: Message, name: str) -> bool:
+    """A boolean field whose default is true."""
+    return not message.HasField(name) or getattr(message, name)
 
 
 def max_tokens_in_effect(

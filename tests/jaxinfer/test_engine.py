@@ -60,6 +60,7 @@ def test_preemption_does_not_change_outputs() -> None:
     assert run_all(engine, mixed_requests()) == solo_outputs()
     assert engine.stats.num_preemptions > 0
     assert engine.stats.num_free_pages == 20
+    assert engine.stats.num_cached_pages > 0
 
 
 def test_chunk_and_step_sizes_do_not_change_outputs() -> None:
@@ -119,7 +120,7 @@ def test_at_most_ten_programs() -> None:
                 CPU_DTYPES,
                 shared_engine().mesh,
             )
-            assert 1 <= engine.num_programs <= 10
+            assert 1 <= len(engine.shapes) <= 10
 
 
 def test_the_state_is_donated() -> None:
@@ -185,26 +186,6 @@ def test_impossible_requests_are_refused(changes: dict, match: str) -> None:
     assert not shared_engine().has_unfinished
 
 
-def test_score_is_the_likelihood_of_the_text() -> None:
-    """Against the probabilities of one whole prompt at a time."""
-    engine = shared_engine()
-    tokens = random_request("a", 100, 1, seed=9).prompt_token_ids
-    losses = engine.score(tokens)
-    assert losses.shape == (99,)
-    # Greedy's own continuation has a lower loss than any other token in its place.
-    greedy = run_all(engine, [dataclasses.replace(random_request("b", 40, 1, seed=9))])["b"][0]
-    others = [engine.score((*tokens[:40], token))[-1] for token in range(engine.model.vocab_size)]
-    assert int(np.argmin(others)) == greedy
-    assert np.exp(-np.asarray(others, np.float64)).sum() == pytest.approx(1.0, abs=1e-5)
-    np.testing.assert_array_equal(losses[:39], engine.score(tokens[:40]))
-
-
-def test_score_checks_its_window() -> None:
-    for size in (1, 129):
-        with pytest.raises(ValueError, match=str(size)):
-            shared_engine().score([1] * size)
-
-
 def test_parameters_are_checked() -> None:
     model = tiny_model()
     wanted = shared_engine().abstract_parameters
@@ -216,3 +197,193 @@ def test_parameters_are_checked() -> None:
         check_parameters(wanted, parameters | {"extra": parameters["norm"]})
     with pytest.raises(ValueError, match=r"norm.*wants"):
         check_parameters(wanted, parameters | {"norm": parameters["norm"][1:]})
+
+
+def test_each_call_is_sent_before_the_one_before_it_is_read() -> None:
+    engine = shared_engine()
+    before = engine.host_seconds
+    engine.add(random_request("a", 5, 6, seed=2))
+    outputs, ahead = [], []
+    while engine.has_unfinished:
+        outputs += engine.step()
+        after = engine.host_seconds
+        ahead.append((after["sent"] - before["sent"]) - (after["read"] - before["read"]))
+    assert sum(len(output.token_ids) for output in outputs) == 6
+    # max_tokens is known beforehand: nothing is sent in vain.
+    assert ahead == [1, 1, 1, 1, 1, 1, 0]
+    assert engine.host_seconds["sent"] - before["sent"] == 6
+
+
+def test_an_end_that_is_read_late_costs_one_call() -> None:
+    engine = shared_engine()
+    request = random_request("a", 10, 40, seed=1)
+    tokens = run_all(engine, [request])["a"]
+    place = tokens.index(tokens[5])
+    before = engine.host_seconds["sent"]
+    stopping = dataclasses.replace(request, stop_token_ids=(tokens[5],))
+    assert run_all(engine, [stopping])["a"] == tokens[: place + 1]
+    assert engine.host_seconds["sent"] - before <= place + 2
+
+
+@pytest.mark.parametrize("changes", [{"steps_ahead": 0}, {"steps_ahead": 2}])
+def test_how_far_ahead_does_not_matter(changes: dict) -> None:
+    engine = make_engine(tiny_config(**changes))
+    assert run_all(engine, mixed_requests()) == solo_outputs()
+
+
+def test_several_steps_in_one_call_give_the_same_tokens() -> None:
+    engine = make_engine(tiny_config(max_steps_per_call=4))
+    assert run_all(engine, mixed_requests()) == solo_outputs()
+    request = random_request("a", 10, 40, seed=1)
+    before = engine.host_seconds["sent"]
+    tokens = run_all(engine, [request])["a"]
+    assert tokens == run_all(shared_engine(), [request])["a"]
+    assert engine.host_seconds["sent"] - before == 1 + 10  # 39 tokens, 4 at a time
+
+    # The device itself notices a stop token, and leaves the row alone.
+    stopping = dataclasses.replace(request, stop_token_ids=(tokens[6],))
+    outputs = []
+    engine.add(stopping)
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert [t for output in outputs for t in output.token_ids] == tokens[
+        : tokens.index(tokens[6]) + 1
+    ]
+    assert outputs[-1].finish_reason is FinishReason.STOP
+
+
+def test_one_program_is_enough() -> None:
+    model = tiny_model()
+    engine = Engine(model, tiny_config(), CPU_DTYPES, shared_engine().mesh)
+    with pytest.raises(ValueError, match="largest shape"):
+        engine.compile(shapes=engine.shapes[:1])
+    engine.compile(shapes=engine.shapes[-1:])
+    engine.start(jax.device_put(random_parameters(model)))
+    assert run_all(engine, mixed_requests()) == solo_outputs()
+
+
+def test_prefix_cache_changes_nothing_but_the_work() -> None:
+    prefix = random_request("p", 70, 1, seed=77).prompt_token_ids
+    requests = [
+        dataclasses.replace(request, prompt_token_ids=prefix + request.prompt_token_ids[:20])
+        for request in mixed_requests()
+    ]
+    without = make_engine(tiny_config(prefix_cache=False))
+    wanted = run_all(without, requests)
+    assert without.stats.num_cached_tokens == 0
+    engine = make_engine(tiny_config())
+    assert {r.request_id: run_all(engine, [r])[r.request_id] for r in requests} == wanted
+    assert engine.stats.num_cached_tokens >= 15 * 64
+    assert run_all(engine, requests) == wanted
+    # With penalties the tokens that pass through no chunk count as well.
+    penalised = [
+        dataclasses.replace(
+            request,
+            sampling=dataclasses.replace(
+                request.sampling,
+                repetition_penalty=1.5,
+                frequency_penalty=0.7,
+                presence_penalty=-0.4,
+            ),
+        )
+        for request in requests
+    ]
+    assert run_all(engine, penalised) == run_all(without, penalised) != wanted
+
+
+def choices_of(engine: Engine, request: Request) -> dict[int, list[int]]:
+    engine.add(request)
+    outputs: dict[int, list[int]] = {choice: [] for choice in range(request.n)}
+    while engine.has_unfinished:
+        for output in engine.step():
+            outputs[output.choice] += output.token_ids
+    return outputs
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_choices_share_pages_and_differ(prefix_cache: bool) -> None:
+    engine = make_engine(tiny_config(prefix_cache=prefix_cache))
+    request = random_request("a", 60, 12, seed=3, temperature=1.0)
+    choices = choices_of(engine, dataclasses.replace(request, n=6))
+    assert choices[0] == run_all(engine, [request])["a"]
+    assert len({tuple(tokens) for tokens in choices.values()}) == 6
+    assert all(len(tokens) == 12 for tokens in choices.values())
+    # Whole pages of 8: 56 of 60 tokens, for the five that came later.
+    assert engine.stats.num_cached_tokens >= 5 * 56
+    assert engine.stats.num_free_pages == engine.stats.num_pages
+    assert choices_of(shared_engine(), dataclasses.replace(request, n=6)) == choices
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    engine = shared_engine()
+    request = dataclasses.replace(
+        random_request("a", 40, 8, seed=9, temperature=1.0, repetition_penalty=1.3),
+        logprobs=20,
+        prompt_logprobs=3,
+    )
+    engine.add(request)
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    tokens = [t for output in outputs for t in output.token_ids]
+    assert tokens == run_all(engine, [dataclasses.replace(request, logprobs=None)])["a"]
+    entries = [entry for output in outputs for entry in output.logprobs]
+    assert [entry.token_id for entry in entries] == tokens
+    prompt = outputs[0].prompt_logprobs
+    assert len(prompt) == 40
+    assert prompt[0] is None
+    assert [entry.token_id for entry in prompt[1:] if entry] == list(request.prompt_token_ids[1:])
+    for entry in (*prompt[1:], *entries):
+        assert entry is not None
+        values = [value for _, value in entry.top]
+        assert len(values) == (20 if entry in entries else 3)
+        assert values == sorted(values, reverse=True)
+        assert (entry.rank <= len(values)) == (entry.token_id in dict(entry.top))
+        if entry.token_id in dict(entry.top):
+            assert dict(entry.top)[entry.token_id] == entry.logprob
+    # What a token cost as output, it costs as a prompt.
+    longer = dataclasses.replace(
+        request, prompt_token_ids=(*request.prompt_token_ids, *tokens), prompt_logprobs=20
+    )
+    engine.add(longer)
+    again = []
+    while engine.has_unfinished:
+        again += engine.step()
+    scored = again[0].prompt_logprobs
+    np.testing.assert_allclose(
+        [entry.logprob for entry in scored[40:] if entry],
+        [entry.logprob for entry in entries],
+        atol=1e-5,
+    )
+    assert scored[1:40] == tuple(
+        dataclasses.replace(new, top=new.top) for new in scored[1:40] if new
+    )
+    assert [e.logprob for e in scored[1:40] if e] == [e.logprob for e in prompt[1:] if e]
+
+
+def test_logprobs_sum_to_one() -> None:
+    engine = shared_engine()
+    prompt = random_request("a", 30, 1, seed=4).prompt_token_ids
+    total = 0.0
+    for token in range(96):
+        engine.add(Request("a", (*prompt, token), max_tokens=1, prompt_logprobs=0))
+        while engine.has_unfinished:
+            for output in engine.step():
+                entry = output.prompt_logprobs[-1]
+                assert entry is not None
+                total += np.exp(entry.logprob)
+    assert total == pytest.approx(1.0, abs=1e-5)
+
+
+def test_bias_and_min_tokens_decide() -> None:
+    engine = shared_engine()
+    request = random_request("a", 10, 12, seed=1, logit_bias=((7, 100.0),))
+    assert run_all(engine, [request])["a"] == [7] * 12
+    # The slot's next request has no bias.
+    plain = random_request("a", 10, 12, seed=1)
+    tokens = run_all(engine, [plain])["a"]
+    assert tokens != [7] * 12
+    stopping = dataclasses.replace(plain, stop_token_ids=(tokens[2],), min_tokens=8)
+    stopped = run_all(engine, [stopping])["a"]
+    assert len(stopped) >= 8
+    assert tokens[2] not in stopped[:8]

@@ -4,6 +4,7 @@ The logits of one token are compared bit for bit over every arrangement that a s
 on a model with the default model's layer shapes.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,9 @@ import pytest
 from flax import nnx
 
 from jaxinfer import models, step
-from jaxinfer.batch import BatchShape, pack, unpack
+from jaxinfer.batch import BatchShape, Packer, unpack
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from tests.jaxinfer.tiny import CPU_DTYPES, tiny_model
@@ -64,34 +65,38 @@ class Probe:
     ) -> np.ndarray:
         """``decodes`` (slot, position), ``chunks`` (slot, start, count): logits [R, V]."""
         schedule = Schedule(
-            decodes=tuple(self._sequence(slot, at, 1) for slot, at in decodes),
-            chunks=tuple(self._sequence(*chunk) for chunk in chunks),
+            decodes=tuple(self._sequence(slot, at, 1, is_chunk=False) for slot, at in decodes),
+            chunks=tuple(self._sequence(*chunk, is_chunk=True) for chunk in chunks),
         )
         # Each decode finds its token and its position in the device state.
         tokens = np.tile(np.resize(TOKENS, CONFIG.max_model_len), (CONFIG.max_num_seqs, 1))
         lens = np.zeros(CONFIG.max_num_seqs, np.int32)
         for slot, at in decodes:
             lens[slot] = at
-        self.state = step.StepState(
-            self.state.kv_pages, jax.numpy.asarray(tokens, "int32"), jax.numpy.asarray(lens)
+        self.state = dataclasses.replace(
+            self.state,
+            tokens=jax.numpy.asarray(tokens, "int32"),
+            lens=jax.numpy.asarray(lens),
+            has_ended=jax.numpy.zeros(CONFIG.max_num_seqs, bool),
         )
-        packed, _ = pack(schedule, shape, CONFIG)
+        packed, _ = Packer(CONFIG).pack(schedule, shape)
         if shape not in self.programs:
             self.programs[shape] = self._compile(shape, packed)
         self.state, logits = self.programs[shape](self.parameters, self.state, packed)
         return np.asarray(logits)
 
-    def _sequence(self, slot: int, start: int, count: int) -> ScheduledSequence:
+    def _sequence(self, slot: int, start: int, count: int, is_chunk: bool) -> ScheduledSequence:
+        tokens = np.resize(TOKENS, CONFIG.max_model_len)[start : start + count].tolist()
         return ScheduledSequence(
-            request_id=str(slot),
+            request=Request(str(slot), (1,), max_tokens=1),
+            choice=0,
             slot=slot,
+            admission=0,
             start=start,
-            token_ids=tuple(
-                np.resize(TOKENS, CONFIG.max_model_len)[start : start + count].tolist()
-            ),
+            num_tokens=count,
             page_ids=tuple(range(slot * 14, slot * 14 + 14)),
             samples=True,
-            sampling=SamplingParams(),
+            token_ids=tuple(tokens) if is_chunk else (),
         )
 
     def _compile(self, shape: BatchShape, packed: np.ndarray) -> Any:

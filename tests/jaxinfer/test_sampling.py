@@ -1,83 +1,139 @@
 """The sampler against plain NumPy definitions, and the noise against statistics."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer.sampling import SamplingColumns, gumbel_noise, sample
+from tests.jaxinfer.sampling_rows import (
+    Rows,
+    expected_logits,
+    make_columns,
+    plain_rows,
+    random_logits,
+    random_rows,
+    survivors,
+)
 
 VOCAB = 300
+EVERYTHING: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.2,
+    "num_biases": True,
+    "min_tokens": True,
+}
 
 
-def columns(rows: int, **values: object) -> SamplingColumns:
-    """Greedy rows, with some columns replaced."""
-    seeds = np.stack([np.arange(rows), np.zeros(rows)], axis=1)
-    base = {
-        "temperature": np.zeros(rows),
-        "top_k": np.zeros(rows),
-        "top_p": np.ones(rows),
-        "seeds": seeds,
-        "choices": np.zeros(rows),
-    }
-    base |= {name: np.broadcast_to(value, base[name].shape) for name, value in values.items()}  # type: ignore[arg-type]
-    dtypes = {"temperature": "float32", "top_p": "float32", "seeds": "uint32"}
-    return SamplingColumns(
-        **{name: jnp.asarray(v.astype(dtypes.get(name, "int32"))) for name, v in base.items()}
-    )
+def draw(logits: np.ndarray, positions: np.ndarray, columns: SamplingColumns) -> np.ndarray:
+    return draw_rows(plain_rows(logits, positions, columns))
 
 
-def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> np.ndarray:
-    return (3 * np.random.RandomState(seed).standard_normal((rows, vocab))).astype(np.float32)
+def draw_rows(rows: Rows) -> np.ndarray:
+    return np.asarray(jax.jit(sample)(*rows.arguments))
 
 
-def draw(logits: np.ndarray, positions: np.ndarray, wanted: SamplingColumns) -> np.ndarray:
-    return np.asarray(jax.jit(sample)(jnp.asarray(logits), jnp.asarray(positions), wanted))
-
-
-def allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Which tokens survive, by sorting: the definition."""
-    scaled = logits.astype(np.float64) / temperature
-    kept = np.ones(len(logits), bool)
-    if top_k:
-        kept &= scaled >= np.sort(scaled)[::-1][min(top_k, len(scaled)) - 1]
-    if top_p < 1:
-        weights = np.where(kept, np.exp(scaled - scaled.max()), 0)
-        order = np.argsort(-weights, kind="stable")
-        mass = np.cumsum(weights[order]) / weights.sum()
-        last = order[min(int(np.searchsorted(mass, top_p - 1e-9)), len(order) - 1)]
-        kept &= scaled >= scaled[last]
-    return kept
+def expected_tokens(rows: Rows) -> list[int]:
+    """Row by row, by the definition; the noise is the sampler's own."""
+    columns, vocab = rows.columns, rows.logits.shape[1]
+    noise = gumbel_noise(columns.seeds, columns.choices, jnp.asarray(rows.positions), vocab)
+    tokens = []
+    for row in range(len(rows.logits)):
+        logits = expected_logits(rows, row)
+        temperature, top_k, top_p, min_p = (
+            np.asarray(column)[row].item()
+            for column in (columns.temperature, columns.top_k, columns.top_p, columns.min_p)
+        )
+        if temperature > 0:
+            kept = survivors(logits, temperature, top_k, top_p, min_p)
+            logits = np.where(kept, logits / temperature + np.asarray(noise)[row], -np.inf)
+        tokens.append(int(logits.argmax()))
+    return tokens
 
 
 def test_greedy_is_the_first_arg_max() -> None:
-    logits = random_logits(16)
+    logits = random_logits(16, VOCAB)
     logits[3, [7, 9]] = logits[3].max() + 1
-    np.testing.assert_array_equal(draw(logits, np.arange(16), columns(16)), logits.argmax(-1))
+    np.testing.assert_array_equal(draw(logits, np.arange(16), make_columns(16)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.5), (0, 0.01), (20, 0.8), (9999, 0.9)]
 )
 def test_sampled_token_is_the_noisy_arg_max_of_the_survivors(
-    temperature: float, top_k: int, top_p: float
+    temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    rows = 64
-    logits, positions = random_logits(rows, seed=top_k), np.arange(rows)
-    wanted = columns(rows, temperature=temperature, top_k=top_k, top_p=top_p)
-    noise = np.asarray(gumbel_noise(wanted.seeds, wanted.choices, jnp.asarray(positions), VOCAB))
-    tokens = draw(logits, positions, wanted)
-    for row in range(rows):
-        kept = allowed(logits[row], temperature, top_k, top_p)
-        noisy = np.where(kept, logits[row].astype(np.float64) / temperature + noise[row], -np.inf)
-        assert tokens[row] == noisy.argmax()
+    columns = make_columns(64, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    rows = plain_rows(random_logits(64, VOCAB, seed=top_k), np.arange(64), columns)
+    np.testing.assert_array_equal(draw_rows(rows), expected_tokens(rows))
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_each_feature_beside_plain_rows(name: str, temperature: float) -> None:
+    """Every other row has the feature; some are padding."""
+    values: dict[str, Any] = {"temperature": temperature, name: EVERYTHING[name]}
+    rows = random_rows(48, VOCAB, seed=len(name), **values)
+    np.testing.assert_array_equal(draw_rows(rows), expected_tokens(rows))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_features_at_once(seed: int) -> None:
+    random = np.random.RandomState(seed)
+    values: dict[str, Any] = EVERYTHING | {
+        "temperature": random.choice([0.0, 0.5, 2.0], 48),
+        "top_k": random.choice([0, 1, 40], 48),
+        "top_p": random.choice([0.3, 0.9, 1.0], 48),
+        "min_p": random.choice([0.0, 0.05, 1.0], 48),
+        "repetition_penalty": random.choice([0.5, 1.0, 1.3], 48),
+        "frequency_penalty": random.choice([-0.2, 0.0, 1.0], 48),
+    }
+    rows = random_rows(48, VOCAB, seed=seed, **values)
+    np.testing.assert_array_equal(draw_rows(rows), expected_tokens(rows))
+
+
+def test_endings_may_leave_a_single_token() -> None:
+    """33 tokens, of which 32 would end the choice too early."""
+    ending_ids = np.delete(np.arange(33), 17)
+    for temperature, top_p in ((0.0, 1.0), (1e-6, 1.0), (1.0, 1.0), (100.0, 0.5)):
+        columns = make_columns(
+            8, temperature=temperature, top_p=top_p, min_tokens=1, ending_ids=ending_ids
+        )
+        logits = random_logits(8, 33)
+        logits[:, 17] = -1e30
+        assert (draw(logits, np.zeros(8), columns) == 17).all()
+
+
+def test_plain_greedy_rows_pay_for_one_arg_max() -> None:
+    """Nothing of the size of the logits outside the branches, and little in the last one."""
+    rows = plain_rows(random_logits(8, VOCAB), np.arange(8), make_columns(8))
+    program = jax.make_jaxpr(sample)(*rows.arguments).jaxpr
+    outer = [e for e in program.eqns if e.primitive.name == "cond"]
+    assert len(outer) == 1
+    others = [e for e in program.eqns if e.primitive.name != "cond"]
+    assert all(np.prod(var.aval.shape) <= 8 for e in others for var in e.outvars)  # type: ignore[attr-defined]
+    greedy, _ = outer[0].params["branches"]
+    assert len(str(greedy).splitlines()) < 20
+    # Padding rows are all zeros: no penalty of 0, no top_p of 0 switches anything on.
+    nobody = jax.tree.map(jnp.zeros_like, rows.columns)
+    tables = jax.tree.map(jnp.zeros_like, rows.tables)
+    padding = Rows(rows.logits, rows.positions, np.full(8, 8, np.int32), nobody, tables)
+    np.testing.assert_array_equal(draw_rows(padding), rows.logits.argmax(-1))
 
 
 def test_ties_with_the_last_survivor_are_kept() -> None:
     logits = np.full((8, VOCAB), -5, np.float32)
     logits[:, :10] = 4
-    tied = [draw(logits, np.full(8, p), columns(8, temperature=1, top_k=3)) for p in range(40)]
+    tied = [draw(logits, np.full(8, p), make_columns(8, temperature=1, top_k=3)) for p in range(40)]
     assert set(np.concatenate(tied)) == set(range(10))
 
 
@@ -85,15 +141,11 @@ def test_draws_follow_the_softmax() -> None:
     """Chi-squared over 40,000 draws of neighbouring positions and seeds, 9 degrees of freedom."""
     logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, 0.2, 1.2], np.float32)
     rows, positions = 200, 200
-    sampler = jax.jit(sample)
+    columns = make_columns(rows, temperature=1.0)
     counts = np.zeros(10)
     for position in range(positions):
-        tokens = sampler(
-            jnp.tile(logits, (rows, 1)),
-            jnp.full(rows, position, jnp.int32),
-            columns(rows, temperature=1.0),
-        )
-        counts += np.bincount(np.asarray(tokens), minlength=10)
+        tokens = draw(np.tile(logits, (rows, 1)), np.full(rows, position), columns)
+        counts += np.bincount(tokens, minlength=10)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     expected = probabilities * rows * positions
     assert ((counts - expected) ** 2 / expected).sum() < 27.9  # the 0.1 % point
@@ -118,32 +170,32 @@ def test_noise_is_standard_gumbel_and_uncorrelated() -> None:
         assert abs(correlation) < 0.008, name  # four standard errors
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    rows, vocab = 40, 49152
-    logits = random_logits(rows, vocab)
-    wanted = columns(rows, temperature=0.9, top_k=np.arange(rows) * 7, top_p=0.95)
-    positions = np.arange(rows)
-    together = draw(logits, positions, wanted)
-    for first in range(0, rows, 8):
-        part = slice(first, first + 8)
-        alone = jax.tree.map(lambda column, part=part: column[part], wanted)
-        np.testing.assert_array_equal(draw(logits[part], positions[part], alone), together[part])
+@pytest.mark.parametrize("vocab", [301, 49152])
+def test_a_row_does_not_depend_on_its_neighbours(vocab: int) -> None:
+    values: dict[str, Any] = EVERYTHING | {"top_k": np.arange(40) * 7}
+    rows = random_rows(40, vocab, **values)
+    together = draw_rows(rows)
+    for count in (8, 9, 15, 24):
+        part = slice(40 - count, 40)
+        np.testing.assert_array_equal(draw_rows(rows.pick(part)), together[part])
+    order = np.random.RandomState(1).permutation(40)
+    np.testing.assert_array_equal(draw_rows(rows.pick(order)), together[order])
 
 
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
-    logits = random_logits(16)
+    logits = random_logits(16, VOCAB)
     temperature = np.where(np.arange(16) % 2, 1.0, 0.0)
-    tokens = draw(logits, np.arange(16), columns(16, temperature=temperature))
+    tokens = draw(logits, np.arange(16), make_columns(16, temperature=temperature))
     np.testing.assert_array_equal(tokens[::2], logits.argmax(-1)[::2])
     np.testing.assert_array_equal(
-        tokens[1::2], draw(logits, np.arange(16), columns(16, temperature=1.0))[1::2]
+        tokens[1::2], draw(logits, np.arange(16), make_columns(16, temperature=1.0))[1::2]
     )
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-6, 100.0])
 def test_extreme_temperatures_stay_defined(temperature: float) -> None:
-    logits = random_logits(8) * 1e4
-    tokens = draw(logits, np.arange(8), columns(8, temperature=temperature, top_p=0.9))
+    logits = random_logits(8, VOCAB) * 1e4
+    tokens = draw(logits, np.arange(8), make_columns(8, temperature=temperature, top_p=0.9))
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
     if temperature < 1:
         np.testing.assert_array_equal(tokens, logits.argmax(-1))

@@ -1,6 +1,5 @@
 """The scheduler against a fake device that has real pages, real slots and a made-up model."""
 
-import hashlib
 from collections import deque
 
 import pytest
@@ -8,14 +7,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from jaxinfer import prefix_cache
 from jaxinfer.config import EngineConfig
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.schedule import RequestOutput, Schedule, ScheduledSequence, StepOutput
+from jaxinfer.schedule import RequestOutput, Schedule, SequenceOutput, StepOutput
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sequence import Sequence
+from tests.jaxinfer.fake_device import EOS_TOKEN_ID, FakeDevice, make_request, solo
 
-VOCAB_SIZE = 11
-EOS_TOKEN_ID = 0
 # Three sequences want up to 72 positions; there are 32, so preemption is the rule.
 TIGHT = EngineConfig(
     max_num_seqs=3,
@@ -25,83 +24,6 @@ TIGHT = EngineConfig(
     num_pages=8,
     chunk_tile=8,
 )
-
-
-def make_request(request_id: str, prompt_len: int, max_tokens: int, **fields) -> Request:
-    prompt = tuple(1 + (len(request_id) + 7 * i) % (VOCAB_SIZE - 1) for i in range(prompt_len))
-    return Request(request_id, prompt, max_tokens, eos_token_ids=(EOS_TOKEN_ID,), **fields)
-
-
-def next_token(token_ids: list[int]) -> int:
-    """The model: any function of all tokens so far."""
-    return hashlib.sha256(bytes(token_ids)).digest()[0] % VOCAB_SIZE
-
-
-def solo(request: Request) -> tuple[tuple[int, ...], FinishReason]:
-    token_ids = list(request.prompt_token_ids)
-    for _ in range(request.max_tokens):
-        token_ids.append(next_token(token_ids))
-        if token_ids[-1] == EOS_TOKEN_ID and not request.ignore_eos:
-            return tuple(token_ids[len(request.prompt_token_ids) :]), FinishReason.STOP
-    return tuple(token_ids[len(request.prompt_token_ids) :]), FinishReason.LENGTH
-
-
-class FakeDevice:
-    """Runs a schedule when it is dispatched. Checks each as the real step would rely on it.
-
-    A page stores the tokens of its positions, and the model reads them back through the page
-    table: a page given to two sequences, or a position left out, changes the output.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.pages = [[-1] * config.page_size for _ in range(config.num_pages)]
-        self.last_sampled: dict[int, tuple[int, int]] = {}  # slot -> admission, token id
-        self.next_starts: dict[int, int] = {}  # admission -> first position not computed
-
-    def run(self, schedule: Schedule) -> StepOutput:
-        self.check_rows(schedule)
-        for scheduled in schedule.decodes:
-            assert len(scheduled.token_ids) == 1
-            assert scheduled.samples
-            token_id = scheduled.token_ids[0]
-            assert self.last_sampled[scheduled.slot] == (scheduled.admission, token_id)
-        sampled = []
-        for scheduled in (*schedule.decodes, *schedule.chunks):
-            known = self.write(scheduled)
-            if scheduled.samples:
-                token_id = next_token(known)
-                self.last_sampled[scheduled.slot] = (scheduled.admission, token_id)
-                sampled.append((scheduled.request_id, (token_id,)))
-        return StepOutput(tuple(sampled))
-
-    def check_rows(self, schedule: Schedule) -> None:
-        assert len(schedule.decodes) <= self.config.max_num_seqs
-        tile = self.config.chunk_tile
-        num_tiles = sum(-(-len(chunk.token_ids) // tile) for chunk in schedule.chunks)
-        assert num_tiles * tile <= self.config.max_num_batched_tokens
-        for chunk in schedule.chunks:
-            assert chunk.token_ids
-            assert chunk.samples or len(chunk.token_ids) % tile == 0
-        everyone = (*schedule.decodes, *schedule.chunks)
-        for values in (
-            [scheduled.request_id for scheduled in everyone],
-            [scheduled.slot for scheduled in everyone],
-            [page_id for scheduled in everyone for page_id in scheduled.page_ids],
-        ):
-            assert len(set(values)) == len(values), f"twice in one step: {values}"
-
-    def write(self, scheduled: ScheduledSequence) -> list[int]:
-        """Stores the step's tokens and reads all of the sequence back."""
-        assert 0 <= scheduled.slot < self.config.max_num_seqs
-        assert scheduled.start == self.next_starts.get(scheduled.admission, 0)
-        page_size = self.config.page_size
-        end = scheduled.start + len(scheduled.token_ids)
-        self.next_starts[scheduled.admission] = end
-        assert len(scheduled.page_ids) == -(-end // page_size) <= self.config.max_pages_per_sequence
-        for position, token_id in enumerate(scheduled.token_ids, scheduled.start):
-            self.pages[scheduled.page_ids[position // page_size]][position % page_size] = token_id
-        return [self.pages[scheduled.page_ids[i // page_size]][i % page_size] for i in range(end)]
 
 
 def run_to_the_end(scheduler: Scheduler, device: FakeDevice) -> dict[str, list[RequestOutput]]:
@@ -136,7 +58,7 @@ def test_one_request_prefills_in_whole_tiles_then_decodes() -> None:
     )
     third = scheduler.schedule()
     assert not third.chunks
-    assert [(d.start, d.token_ids) for d in third.decodes] == [(19, output.token_ids)]
+    assert [(d.start, d.num_tokens) for d in third.decodes] == [(19, 1)]
     scheduler.update(third, device.run(third))
 
     (last,) = run_to_the_end(scheduler, device)["a"]
@@ -195,15 +117,15 @@ def test_preempted_sequences_come_back_and_their_output_is_unaffected() -> None:
     assert outputs["x"][-1].num_preemptions == 0
 
 
-def test_rank_alone_decides_who_is_served_and_who_is_preempted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Any fixed order must do: this is what priorities will rely on."""
-    monkeypatch.setattr(Sequence, "rank", property(lambda s: -len(s.request.request_id)))
+def test_priority_decides_who_is_served_and_who_is_preempted() -> None:
+    """Every other prompt needs two calls, and pages that those that decode have taken meanwhile."""
     scheduler, device = Scheduler(TIGHT), FakeDevice(TIGHT)
-    # Every other prompt needs two steps, and pages that those that decode have taken meanwhile.
-    requests = [make_request("x" * i, 11 if i % 2 else 19, 5, ignore_eos=True) for i in range(1, 9)]
+    requests = [
+        make_request("x" * i, 11 if i % 2 else 19, 5, ignore_eos=True, priority=i)
+        for i in range(1, 9)
+    ]
     outputs: dict[str, tuple[int, ...]] = {}
+    finished = []
     arriving = deque(requests)
     for _ in range(100):
         if arriving:
@@ -211,10 +133,29 @@ def test_rank_alone_decides_who_is_served_and_who_is_preempted(
         schedule = scheduler.schedule()
         for output in scheduler.update(schedule, device.run(schedule)):
             outputs[output.request_id] = outputs.get(output.request_id, ()) + output.token_ids
+            if output.finish_reason:
+                finished.append(output.request_id)
         scheduler.check_integrity()
     assert not scheduler.has_unfinished
     assert outputs == {request.request_id: solo(request)[0] for request in requests}
     assert scheduler.stats.num_preemptions >= 3
+    # The last to come, of the highest priority, overtakes those that still wait.
+    assert finished.index("x" * 8) < 5
+    assert finished[-1] in ("x", "xx", "xxx")
+
+
+def test_waiting_outweighs_priority_in_the_end() -> None:
+    """A level is worth ten seconds: what has waited longer goes first."""
+    scheduler, device = Scheduler(TIGHT), FakeDevice(TIGHT)
+    for name, seconds, priority in (
+        ("first", 0.0, 0),
+        ("urgent at 9", 9.0, 1),
+        ("urgent at 11", 11.0, 1),
+        ("low at 0", 0.0, -1),
+    ):
+        scheduler.add(make_request(name, 20, 4, ignore_eos=True, priority=priority), seconds)
+    order = list(run_to_the_end(scheduler, device))
+    assert order == ["urgent at 9", "first", "urgent at 11", "low at 0"]
 
 
 @pytest.mark.parametrize(("prompt_len", "is_admitted"), [(15, True), (16, False)])
@@ -225,7 +166,7 @@ def test_a_prompt_is_admitted_only_with_room_for_the_next_token(
     scheduler.add(make_request("a", 13, 11))
     scheduler.schedule()
     assert scheduler.stats.num_free_pages == 4
-    scheduler.add(make_request("b", prompt_len, 8))
+    scheduler.add(make_request("another", prompt_len, 8))
     assert bool(scheduler.schedule()) is is_admitted
 
 
@@ -247,7 +188,7 @@ def test_tokens_after_the_one_that_ends_the_request_are_dropped() -> None:
     for request_id in "ab":
         scheduler.add(make_request(request_id, 2, 3))
     schedule = scheduler.schedule()
-    step_output = StepOutput((("a", (5, EOS_TOKEN_ID, 6)), ("b", (5, 6, 7, 8))))
+    step_output = StepOutput((SequenceOutput((5, EOS_TOKEN_ID, 6)), SequenceOutput((5, 6, 7, 8))))
     stopped, full = scheduler.update(schedule, step_output)
     assert (stopped.token_ids, stopped.finish_reason) == ((5, EOS_TOKEN_ID), FinishReason.STOP)
     assert (full.token_ids, full.finish_reason) == ((5, 6, 7), FinishReason.LENGTH)
@@ -261,11 +202,10 @@ def test_abort_gives_back_at_once_and_a_second_one_does_nothing() -> None:
         scheduler.add(make_request(request_id, 20, 4))
     schedule = scheduler.schedule()
     for request_id in ("waits", "runs"):
-        output = scheduler.abort(request_id)
-        assert output is not None
+        (output,) = scheduler.abort(request_id)
         assert output.finish_reason is FinishReason.ABORT
         assert output.num_prompt_tokens == 20
-        assert scheduler.abort(request_id) is None
+        assert scheduler.abort(request_id) == []
         scheduler.check_integrity()
     assert scheduler.stats.num_free_pages == TIGHT.num_pages
     assert not scheduler.has_unfinished
@@ -297,102 +237,327 @@ def test_add_refuses_an_id_in_use_and_a_request_that_can_never_fit() -> None:
     assert scheduler.stats.num_waiting == 1
 
 
+ROOMY = EngineConfig(
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    max_model_len=64,
+    page_size=4,
+    num_pages=64,
+    chunk_tile=8,
+)
+
+
+def test_a_prompt_is_found_from_the_next_call_on() -> None:
+    scheduler, device = Scheduler(ROOMY), FakeDevice(ROOMY)
+    prompt = tuple(1 + i % 10 for i in range(16))
+    for name in ("a", "b"):
+        scheduler.add(Request(name, prompt, 9, ignore_eos=True))
+    first = scheduler.schedule()
+    # Both in one call: nothing is found yet.
+    assert [chunk.start for chunk in first.chunks] == [0, 0]
+    scheduler.add(Request("c", prompt, 9, ignore_eos=True))
+    scheduler.add(Request("d", (*prompt, 5), 9, ignore_eos=True))
+    scheduler.add(Request("e", (*prompt[:9], 7), 9, ignore_eos=True))
+    second = scheduler.schedule()
+    # Whole pages, and never the last token.
+    assert [(c.request_id, c.start) for c in second.chunks] == [("c", 12), ("d", 16), ("e", 8)]
+    first_pages = first.chunks[0].page_ids
+    assert [c.page_ids[: c.start // 4] for c in second.chunks] == [
+        first_pages[:3],
+        first_pages,
+        first_pages[:2],
+    ]
+    for schedule in (first, second):
+        scheduler.update(schedule, device.run(schedule))
+    outputs = run_to_the_end(scheduler, device)
+    assert [outputs[name][-1].num_cached_tokens for name in "abcde"] == [0, 0, 12, 16, 8]
+    assert scheduler.stats.num_cached_tokens == 36
+    # Also pages of outputs can be found: a conversation goes on.
+    answer = solo(Request("a", prompt, 9, ignore_eos=True))[0]
+    scheduler.add(Request("f", (*prompt, *answer, 3), 2))
+    assert scheduler.schedule().chunks[0].start == 24
+
+
+def test_salts_do_not_share_and_one_request_shares_with_itself() -> None:
+    for prefix_cache_on in (True, False):
+        config = EngineConfig(**{**vars(ROOMY), "prefix_cache": prefix_cache_on})
+        scheduler, device = Scheduler(config), FakeDevice(config)
+        prompt = tuple(1 + i % 10 for i in range(17))
+        found = []
+        for name, salt in (("a", ""), ("b", "secret"), ("c", ""), ("d", "secret")):
+            scheduler.add(Request(name, prompt, 3, cache_salt=salt, n=3))
+            outputs = run_to_the_end(scheduler, device)[name]
+            found.append([o.num_cached_tokens for o in outputs if o.finish_reason])
+        first, again = sorted(found[0]), 3 * [16 if prefix_cache_on else 0]
+        assert first == sorted(found[1]) == [0, 16, 16]
+        assert sorted(found[2]) == sorted(found[3]) == (again if prefix_cache_on else [0, 16, 16])
+
+
+def test_equal_digests_do_not_make_equal_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the hash broken, tokens would still be compared."""
+    monkeypatch.setattr(prefix_cache, "_sha256", lambda data: b"always the same")
+    scheduler, device = Scheduler(ROOMY), FakeDevice(ROOMY)
+    requests = [make_request("x" * i, 12, 6, ignore_eos=True) for i in range(1, 5)]
+    for request in requests:
+        scheduler.add(request)
+        outputs = run_to_the_end(scheduler, device)
+        assert joined(outputs[request.request_id]) == solo(request)
+
+
+def test_the_least_recently_freed_pages_are_given_away_first() -> None:
+    """Empty ones before them, and the end of a prompt before its beginning."""
+    config = EngineConfig(**{**vars(ROOMY), "num_pages": 16})
+    scheduler, device = Scheduler(config), FakeDevice(config)
+
+    def run(name: str, prompt: tuple[int, ...]) -> None:
+        scheduler.add(Request(name, prompt, 1))
+        run_to_the_end(scheduler, device)
+
+    def num_found(prompt: tuple[int, ...]) -> int:
+        sequence = Sequence(Request("", prompt, 1), 0, (0.0, 0, 0), "shared:")
+        return len(scheduler._prefix_cache.find(sequence))
+
+    prompts = {name: (1 + i,) * 20 for i, name in enumerate("abc")}
+    for name, prompt in prompts.items():
+        run(name, prompt)
+    run("a again", prompts["a"])
+    assert scheduler.stats.num_cached_pages == 15
+    # Six pages: the empty one, the last of a (not used again), and the last four of b.
+    run("d", tuple(1 + i % 7 for i in range(24)))
+    assert [num_found(prompts[name]) for name in "abc"] == [4, 1, 4]
+
+
+def test_choices_wait_for_the_first_ones_prompt() -> None:
+    scheduler, device = Scheduler(ROOMY), FakeDevice(ROOMY)
+    request = make_request("a", 50, 5, ignore_eos=True, n=3)
+    scheduler.add(request)
+    assert scheduler.stats.num_waiting == 3
+    in_flight = [scheduler.schedule() for _ in range(3)]
+    brought = [[(c.choice, c.start, c.num_tokens) for c in s.chunks] for s in in_flight]
+    assert brought == [[(0, 0, 32)], [(0, 32, 18)], [(1, 48, 2), (2, 48, 2)]]
+    outputs: list[RequestOutput] = []
+    for schedule in in_flight:
+        outputs += scheduler.update(schedule, device.run(schedule))
+    outputs += run_to_the_end(scheduler, device)["a"]
+    for choice in range(3):
+        assert joined([o for o in outputs if o.choice == choice]) == solo(request, choice)
+    assert scheduler.stats.num_prompt_tokens == 150
+
+
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+def test_choices_go_on_without_the_first_one(how: str) -> None:
+    scheduler, device = Scheduler(TIGHT), FakeDevice(TIGHT)
+    request = make_request("a", 20, 4, ignore_eos=True, n=2)
+    scheduler.add(request)
+    schedule = scheduler.schedule()
+    scheduler.update(schedule, device.run(schedule))
+    assert scheduler.stats.num_waiting == 1
+    if how == "abort":
+        (ended,) = scheduler.abort("a", 0)
+        assert ended.choice == 0
+        assert scheduler.is_live("a")
+    else:
+        scheduler._preempt(scheduler._running[-1])
+    outputs = run_to_the_end(scheduler, device)["a"]
+    assert joined([o for o in outputs if o.choice == 1]) == solo(request, 1)
+    assert not scheduler.is_live("a")
+
+
+def test_prompt_logprobs_are_whole_and_come_once() -> None:
+    scheduler, device = Scheduler(ROOMY), FakeDevice(ROOMY)
+    request = make_request("a", 50, 3, ignore_eos=True, prompt_logprobs=0, logprobs=2, n=2)
+    for _ in range(2):  # the second time all of it is in the cache, and computed all the same
+        scheduler.add(request)
+        for _ in range(2):
+            schedule = scheduler.schedule()
+            scheduler.update(schedule, device.run(schedule))
+        scheduler._preempt(next(s for s in scheduler._running if s.choice == 0))
+        outputs = run_to_the_end(scheduler, device)["a"]
+        scored = [o for o in outputs if o.prompt_logprobs]
+        assert [o.choice for o in scored] in ([0], [])
+    # Preempted before its first output was read: what was collected before is not repeated.
+    scheduler.add(request)
+    schedule = scheduler.schedule()
+    scheduler.update(schedule, device.run(schedule))
+    scheduler._preempt(scheduler._running[0])
+    (output,) = (o for o in run_to_the_end(scheduler, device)["a"] if o.prompt_logprobs)
+    first, *others = output.prompt_logprobs
+    assert first is None
+    assert [entry.token_id for entry in others if entry] == list(request.prompt_token_ids[1:])
+    assert [entry.logprob for entry in others if entry] == [-i / 7 for i in range(1, 50)]
+
+
+def test_calls_ahead_never_sample_in_vain_but_behind_a_stop() -> None:
+    config = EngineConfig(**{**vars(ROOMY), "max_steps_per_call": 4})
+    scheduler, device = Scheduler(config), FakeDevice(config)
+    request = make_request("a", 5, 11, ignore_eos=True)
+    scheduler.add(request)
+    schedules = [scheduler.schedule() for _ in range(6)]
+    sizes = [[(d.start, d.num_tokens) for d in schedule.decodes] for schedule in schedules]
+    assert sizes == [[], [(5, 4)], [(9, 4)], [(13, 2)], [], []]
+    outputs: list[RequestOutput] = []
+    for schedule in schedules:
+        outputs += scheduler.update(schedule, device.run(schedule))
+    assert joined(outputs) == solo(request)
+    # While anyone waits, one step a call.
+    for number in range(9):
+        scheduler.add(make_request("b" * (1 + number), 5, 9, ignore_eos=True))
+    while scheduler.stats.num_waiting:
+        schedule = scheduler.schedule()
+        assert schedule.num_steps == 1
+        scheduler.update(schedule, device.run(schedule))
+    run_to_the_end(scheduler, device)
+
+
+def test_ten_times_the_pages_are_asked_for() -> None:
+    scheduler, device = Scheduler(TIGHT), FakeDevice(TIGHT)
+    requests = [make_request("x" * (1 + i), 1 + i % 11, 13, ignore_eos=True) for i in range(18)]
+    demand = sum(-(-(len(r.prompt_token_ids) + r.max_tokens) // 4) for r in requests)
+    assert demand >= 10 * TIGHT.num_pages
+    for request in requests:
+        scheduler.add(request)
+    outputs = run_to_the_end(scheduler, device)
+    for request in requests:
+        assert joined(outputs[request.request_id]) == solo(request)
+    assert scheduler.stats.num_preemptions > 0
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, go and run in any order, with up to two steps dispatched and not yet read."""
+    """Requests come, go and run in any order, with calls sent ahead and not yet read."""
+
+    config = TIGHT
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(TIGHT)
-        self.device = FakeDevice(TIGHT)
-        self.requests: dict[str, Request] = {}
-        self.outputs: dict[str, tuple[int, ...]] = {}
+        self.scheduler = Scheduler(self.config)
+        self.device = FakeDevice(self.config)
+        self.requests: dict[tuple[str, int], Request] = {}
+        self.outputs: dict[tuple[str, int], tuple[int, ...]] = {}
         self.in_flight: deque[tuple[Schedule, StepOutput]] = deque()
         self.num_added = 0
-        self.last_admitted = 0
 
     @rule(
+        family=st.integers(1, 3),
         prompt_len=st.integers(1, TIGHT.max_model_len - 1),
         max_tokens=st.integers(1, TIGHT.max_model_len - 1),
         ignore_eos=st.booleans(),
+        n=st.sampled_from([1, 1, 2, 4]),
+        priority=st.integers(-1, 1),
+        cache_salt=st.sampled_from(["", "", "other"]),
+        wants_logprobs=st.booleans(),
     )
-    def add(self, prompt_len: int, max_tokens: int, ignore_eos: bool) -> None:
+    def add(
+        self,
+        family: int,
+        prompt_len: int,
+        max_tokens: int,
+        n: int,
+        wants_logprobs: bool,
+        **fields: object,
+    ) -> None:
         self.num_added += 1
-        request = make_request(
+        max_tokens = min(max_tokens, self.config.max_model_len - prompt_len)
+        # Few families of prompts, of which one is the beginning of the other.
+        prompt = make_request("x" * family, prompt_len, 1).prompt_token_ids
+        request = Request(
             str(self.num_added),
-            prompt_len,
-            min(max_tokens, TIGHT.max_model_len - prompt_len),
-            ignore_eos=ignore_eos,
+            prompt,
+            max_tokens,
+            eos_token_ids=(EOS_TOKEN_ID,),
+            min_tokens=max_tokens // 3,
+            n=n,
+            logprobs=1 if wants_logprobs else None,
+            prompt_logprobs=0 if wants_logprobs else None,
+            **fields,  # type: ignore[arg-type]
         )
-        self.scheduler.add(request)
-        self.requests[request.request_id] = request
-        self.outputs[request.request_id] = ()
+        self.scheduler.add(request, self.num_added / 2)
+        for choice in range(n):
+            self.requests[request.request_id, choice] = request
+            self.outputs[request.request_id, choice] = ()
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        request = self.requests.pop(request_id)
-        output = self.scheduler.abort(request_id)
-        assert output is not None
-        assert output.num_output_tokens == len(self.outputs[request_id])
-        assert solo(request)[0][: output.num_output_tokens] == self.outputs[request_id]
+    @rule(data=st.data(), only_one=st.booleans())
+    def abort(self, data: st.DataObject, only_one: bool) -> None:
+        request_id, choice = data.draw(st.sampled_from(sorted(self.requests)))
+        outputs = self.scheduler.abort(request_id, choice if only_one else None)
+        for output in outputs:
+            key = request_id, output.choice
+            request = self.requests.pop(key)
+            assert output.num_output_tokens == len(self.outputs[key])
+            known = solo(request, output.choice)[0][: output.num_output_tokens]
+            assert known == self.outputs[key]
+        assert (request_id, choice) not in self.requests
+        assert only_one or not self.scheduler.is_live(request_id)
 
-    @precondition(lambda self: len(self.in_flight) < 2)
+    @precondition(lambda self: len(self.in_flight) < 3)
     @rule()
-    def dispatch(self) -> None:
+    def send(self) -> None:
         schedule = self.scheduler.schedule()
         assert schedule or self.in_flight or not self.requests, "requests, and nothing to run"
-        for chunk in schedule.chunks:
-            arrival = int(chunk.request_id)
-            if chunk.start == 0 and arrival > self.last_admitted:
-                passed_over = set(map(str, range(self.last_admitted + 1, arrival)))
-                assert not passed_over & self.requests.keys(), "not first come, first served"
-                self.last_admitted = arrival
         self.in_flight.append((schedule, self.device.run(schedule)))
 
     @precondition(lambda self: self.in_flight)
     @rule()
     def read(self) -> None:
         for output in self.scheduler.update(*self.in_flight.popleft()):
-            request = self.requests[output.request_id]
-            self.outputs[output.request_id] += output.token_ids
-            so_far = self.outputs[output.request_id]
+            key = output.request_id, output.choice
+            request = self.requests[key]
+            is_first = not self.outputs[key]
+            self.outputs[key] += output.token_ids
+            so_far = self.outputs[key]
             assert output.num_output_tokens == len(so_far)
-            token_ids, reason = solo(request)
+            token_ids, reason = solo(request, output.choice)
             assert so_far == token_ids[: len(so_far)]
             assert output.finish_reason == (reason if so_far == token_ids else None)
+            if request.logprobs is not None:
+                assert tuple(e.token_id for e in output.logprobs) == output.token_ids
+            is_scored = is_first and output.choice == 0 and request.prompt_logprobs is not None
+            wanted = request.prompt_token_ids if is_scored else ()
+            assert len(output.prompt_logprobs) == len(wanted)
+            assert tuple(e.token_id for e in output.prompt_logprobs if e) == wanted[1:]
             if output.finish_reason:
-                del self.requests[output.request_id]
+                del self.requests[key]
 
-    @rule(num_steps=st.integers(1, 12))
-    def run_steps(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            while self.in_flight:
+    @rule(num_calls=st.integers(1, 12), ahead=st.integers(0, 2))
+    def run_calls(self, num_calls: int, ahead: int) -> None:
+        for _ in range(num_calls):
+            while len(self.in_flight) > ahead:
                 self.read()
-            self.dispatch()
+            self.send()
 
     @invariant()
     def books_agree(self) -> None:
         self.scheduler.check_integrity()
         stats = self.scheduler.stats
         assert stats.num_waiting + stats.num_running == len(self.requests)
-        assert stats.num_running <= TIGHT.max_num_seqs
+        assert stats.num_running <= self.config.max_num_seqs
+        assert stats.num_cached_pages <= stats.num_free_pages
 
     def teardown(self) -> None:
         """Whatever state the rules have led to, every request left finishes from there."""
         while self.in_flight:
             self.read()
-        # Alone, each would need at most one step a token for prompt and output.
-        for _ in range(TIGHT.max_model_len * len(self.requests)):
+        # Alone, each would need at most one call a token for prompt and output.
+        for _ in range(self.config.max_model_len * len(self.requests)):
             if not self.scheduler.has_unfinished:
                 break
-            self.dispatch()
+            self.send()
             self.read()
         assert not self.requests
         assert not self.scheduler.has_unfinished
         self.scheduler.check_integrity()
-        assert self.scheduler.stats.num_free_pages == TIGHT.num_pages
+        assert self.scheduler.stats.num_free_pages == self.config.num_pages
+
+
+class SeveralStepsMachine(SchedulerMachine):
+    """The same with calls of several steps, and more room so that they occur."""
+
+    config = EngineConfig(
+        **{**vars(TIGHT), "max_steps_per_call": 4, "num_pages": 24, "prefix_cache": False}
+    )
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=40)
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40)
+TestSeveralStepsMachine = SeveralStepsMachine.TestCase
+TestSeveralStepsMachine.settings = settings(max_examples=75, stateful_step_count=40)

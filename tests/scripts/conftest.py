@@ -60,7 +60,7 @@ def run(
     def run_script(script: str, *arguments: str, model: str | None = None) -> Result:
         module = importlib.import_module(f"scripts.{script}")
         # argparse takes the last of equal flags: a test's own win.
-        first = [argument for argument in arguments[:1] if argument == "offline"]
+        first = list(arguments[: script == "bench" and len(arguments) > 0])
         command = [*first, *SIZES, "--model", model or str(model_path)]
         monkeypatch.setattr("sys.argv", [script, *command, *arguments[len(first) :]])
         error = ""

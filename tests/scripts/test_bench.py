@@ -1,5 +1,9 @@
 """scripts/bench.py: every figure is there and they fit together."""
 
+from pathlib import Path
+
+import pytest
+
 from tests.scripts.conftest import Run
 
 
@@ -34,6 +38,42 @@ def test_one_output_token_has_no_decode_rate(run: Run) -> None:
     (figures,) = run("bench", "offline", *sizes).lines
     assert figures["decode_tokens_per_second"] is None
     assert figures["inter_token_ms_p50"] is None
+
+
+def test_host_times_add_up(run: Run) -> None:
+    (figures,) = run("bench", "host", "--num-steps", "8", "--json").lines
+    for name in ("synchronous", "asynchronous"):
+        times = figures[name]
+        parts = ("schedule", "pack", "dispatch", "convert", "update", "detokenize")
+        total = sum(times[f"{part}_ms"] for part in parts)
+        assert times["host_ms"] == pytest.approx(total, abs=1e-3)
+        assert times["step_ms"] > 0
+
+
+def test_every_arrangement_gives_the_same_tokens(run: Run) -> None:
+    """200 greedy and seeded prompts in 6 arrangements, on a tiny model."""
+    sizes = ["--num-prompts", "200", "--output-len", "12", "--max-num-seqs", "16", "--json"]
+    (figures,) = run("bench", "invariance", *sizes, "--kv-memory", "4MiB").lines
+    arrangements = figures["arrangements"]
+    assert len(arrangements) == 6
+    for name, row in arrangements.items():
+        assert row["equal"] == row["requests"] == 200, name
+    assert arrangements["preempted, few pages"]["preemptions"] > 0
+    assert arrangements["again, from the prefix cache"]["cached_tokens"] > 200
+    assert arrangements["alone, no prefix cache"]["cached_tokens"] == 0
+
+
+def test_load_has_a_point_for_each_concurrency(run: Run, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    sizes = ["--concurrency", "1", "3", "--prompt-len", "9", "--output-len", "4", "--json"]
+    (figures,) = run("bench", "load", *sizes, "--plot", str(plot)).lines
+    assert [point["concurrency"] for point in figures["points"]] == [1, 3]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_techniques_are_listed_when_none_matches(run: Run) -> None:
+    error = run("bench", "techniques", "--only", "magic", "--quiet").error
+    assert "'magic' matches none of: KV cache against recomputation; paging" in error
 
 
 def test_limits(run: Run) -> None:

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from jaxinfer.request import SamplingParams
 from tests.scripts.conftest import SIZES, Run
+from tests.serving.fakes import FakeEngine, expected_text, expected_token_ids, served_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +100,7 @@ def test_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"messages": [{"role": "user"}]}, "line 2: messages must be objects with role and"),
         ({"messages": []}, "line 2: number of messages must be in [1, 1024], got 0"),
         ({"token_ids": [1, 12]}, "input 2: prompt token ids must be in [0, 11], got 12"),
-        ({"token_ids": []}, "input 2: the prompt has no tokens"),
+        ({"token_ids": []}, "line 2: token_ids is empty; at least 1 is needed"),
         ({"token_ids": [1] * 128}, "input 2: prompt (128 tokens) plus max_tokens (1) is 129"),
         ({"messages": [{"role": "king", "content": "a"}]}, "king"),
     ],
@@ -119,6 +122,11 @@ def test_bad_lines_are_named(run: Run, tmp_path: Path, line: object, message: st
         ["--max-tokens", "0", "abc"],
         ["--cpu", "--gpu", "abc"],
         ["--kv-memory", "lots", "abc"],
+        ["--logit-bias", "3", "abc"],
+        ["--logit-bias", "a=1", "abc"],
+        ["--logit-bias", "1=x", "abc"],
+        ["--logprobs", "1", "abc"],
+        ["--prompt-logprobs", "0", "abc"],
     ],
 )
 def test_wrong_usage(run: Run, arguments: list[str]) -> None:
@@ -133,11 +141,117 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
         (["--top-p", "0"], "top_p must be in (0.0, 1.0], got 0.0"),
         (["--top-k", "-1"], "top_k must be in [0, 1048576], got -1"),
         (["--seed", "-1"], "seed must be in"),
+        (["--min-p", "2"], "min_p must be in [0.0, 1.0], got 2.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be in (0.0, 100.0], got 0.0"),
+        (["--presence-penalty", "3"], "presence_penalty must be in [-2.0, 2.0], got 3.0"),
+        (["--frequency-penalty", "nan"], "frequency_penalty must be in [-2.0, 2.0], got nan"),
+        (["--logit-bias", "1=101"], "logit_bias of token 1 must be in [-100.0, 100.0], got 101.0"),
+        (["--logit-bias", "1=1", "--logit-bias", "1=2"], "logit_bias names a token id twice"),
+        (["--logit-bias", "12=1"], "input 1: token ids of logit_bias must be in [0, 11], got 12"),
+        (["--stop", ""], "characters of stop[0] must be in [1, 256], got 0"),
+        (["--stop", "s"] * 17, "number of stop must be in [0, 16], got 17"),
+        (["--stop-token-id", "12"], "input 1: stop_token_ids must be in [0, 11], got 12"),
+        (["--n", "0"], "n must be in [1, 16], got 0"),
+        (["--n", "17"], "n must be in [1, 16], got 17"),
+        (["--min-tokens", "-1"], "min_tokens must be in"),
+        (["--min-tokens", "9", "--max-tokens", "8"], "min_tokens (9) is more than max_tokens (8)"),
+        (["--json", "--logprobs", "21"], "logprobs must be in [0, 20], got 21"),
         (["--max-tokens", "4096"], "more than max_model_len (128)"),
     ],
 )
 def test_sampling_limits(run: Run, arguments: list[str], message: str) -> None:
     assert message in run("generate", "--quiet", "abc", *arguments).error
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """An engine without a model, for what a tiny model does not do on purpose."""
+    engine = FakeEngine(step_seconds=0.0, late=2)
+    served = served_model(engine)
+
+    def load(*_: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            engine=engine,
+            model=served.model,
+            engine_config=served.engine_config,
+            tokenizer=served.tokenizer,
+        )
+
+    monkeypatch.setattr("scripts.generate.load_model", load)
+    return engine
+
+
+PROMPT = [256, *b"abc"]  # as the fake tokenizer writes "abc"
+
+
+def test_stop_strings_end_the_text_and_the_work(run: Run, engine: FakeEngine) -> None:
+    text = expected_text(PROMPT, 40)
+    flags = ["--quiet", "--seed", "0", "--max-tokens", "40", "--stop", "??", "--stop", text[5:8]]
+    line = run("generate", "--json", *flags, "abc").lines[0]
+    assert (line["text"], line["stop_string"]) == (text[:5], text[5:8])
+    assert line["finish_reason"] == "stop"
+    assert line["token_ids"] == expected_token_ids(PROMPT, 8)
+    assert line["usage"]["completion_tokens"] == 8
+    assert engine.aborted_choices == [("0", 0)]
+    assert run("generate", *flags, "abc").stdout == text[:5] + "\n"
+    later = run("generate", "--json", "--min-tokens", "8", *flags, "abc").lines[0]
+    assert later["text"] == text[:31]  # the letters come again after 26
+
+
+def test_a_stop_token_has_no_text(run: Run, engine: FakeEngine) -> None:
+    text = expected_text(PROMPT, 9)
+    flags = ["--stop-token-id", "1", "--stop-token-id", str(ord(text[3])), "--seed", "0", "abc"]
+    line = run("generate", "--quiet", "--json", *flags).lines[0]
+    assert (line["text"], line["finish_reason"]) == (text[:3], "stop")
+    assert line["token_ids"][-1] == ord(text[3])
+    assert "stop_string" not in line
+
+
+def test_choices(run: Run, engine: FakeEngine) -> None:
+    flags = ["--quiet", "--max-tokens", "6", "--n", "3", "abc", "xyz"]
+    lines = run("generate", "--json", *flags).lines
+    assert [line["usage"]["completion_tokens"] for line in lines] == [18, 18]
+    assert "text" not in lines[0]
+    for choice, said in enumerate(lines[0]["choices"]):
+        assert said == {
+            "token_ids": expected_token_ids(PROMPT, 6, lines[0]["seed"], choice),
+            "text": said["text"],
+            "finish_reason": "length",
+        }
+    printed = run("generate", "--seed", str(lines[0]["seed"]), *flags[:-1]).stdout
+    assert printed.splitlines() == [said["text"] for said in lines[0]["choices"]]
+
+
+def test_logprobs(run: Run, engine: FakeEngine) -> None:
+    flags = ["--max-tokens", "3", "--logprobs", "1", "--prompt-logprobs", "0", "abc"]
+    line = run("generate", "--quiet", "--json", *flags).lines[0]
+    assert [entry["token_id"] for entry in line["logprobs"]] == line["token_ids"]
+    first = line["token_ids"][0]
+    assert line["logprobs"][0] == {
+        "token_id": first,
+        "logprob": 0.0,
+        "rank": 1,
+        "top": [[first, 0.0]],
+    }
+    assert line["prompt_logprobs"][0] is None
+    assert [entry["token_id"] for entry in line["prompt_logprobs"][1:]] == PROMPT[1:]
+
+
+def test_flags_reach_the_engine(run: Run, engine: FakeEngine) -> None:
+    flags = ["--min-p", "0.5", "--repetition-penalty", "2", "--presence-penalty", "-1"]
+    flags += ["--frequency-penalty", "1.5", "--logit-bias", "3=-2.5", "--logit-bias", "1=4"]
+    flags += ["--min-tokens", "2", "--max-tokens", "3", "--seed", "7"]
+    assert run("generate", "--quiet", *flags, "abc").error == ""
+    (request,) = engine.requests
+    assert request.min_tokens == 2
+    assert request.sampling == SamplingParams(
+        min_p=0.5,
+        repetition_penalty=2.0,
+        presence_penalty=-1.0,
+        frequency_penalty=1.5,
+        logit_bias=((3, -2.5), (1, 4.0)),
+        seed=7,
+    )
 
 
 def test_missing_input_file(run: Run, tmp_path: Path) -> None:

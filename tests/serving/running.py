@@ -23,14 +23,14 @@ def run[T](test: Coroutine[None, None, T]) -> T:
 
 @asynccontextmanager
 async def running_server(
-    engine: FakeEngine, *, grace_seconds: float = 5.0, max_live_requests: int = 64
+    *engines: FakeEngine, grace_seconds: float = 5.0, max_live_requests: int = 64
 ) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """Yields "host:port" and the event that stops the server; a failed server raises at the end."""
     stop = asyncio.Event()
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
         serve(
-            lambda: served_model(engine),
+            lambda: served_model(*engines),
             port=0,
             grace_seconds=grace_seconds,
             max_live_requests=max_live_requests,
@@ -44,17 +44,18 @@ async def running_server(
     try:
         yield f"127.0.0.1:{ready.result()}", stop
     finally:
-        engine.gate.set()
+        for engine in engines:
+            engine.gate.set()
         stop.set()
         await server
 
 
 @asynccontextmanager
-async def running_client(engine: FakeEngine, **options: int) -> AsyncIterator[AsyncClient]:
+async def running_client(*engines: FakeEngine, **options: int) -> AsyncIterator[AsyncClient]:
     """A client of a running server; when the test is over, all pages must have come back."""
-    async with running_server(engine, **options) as (target, _), AsyncClient(target) as client:
+    async with running_server(*engines, **options) as (target, _), AsyncClient(target) as client:
         yield client
-        await until(lambda: engine.stats.num_free_pages == NUM_PAGES)
+        await until(lambda: all(e.stats.num_free_pages == NUM_PAGES for e in engines))
 
 
 async def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:

@@ -54,6 +54,13 @@ def test_the_synchronous_client() -> None:
         token_ids = [i for delta in deltas if isinstance(delta, Delta) for i in delta.token_ids]
         assert token_ids == expected_token_ids([256, 104, 105], 6)
         assert client.complete([Message("user", "x")], max_tokens=2).finished.reason == "length"
+        choices = client.complete_choices("x", n=3, max_tokens=2, logprobs=1, stop=["?"])
+        assert [done.finished.choice for done in choices] == [0, 1, 2]
+        assert [len(done.logprobs) for done in choices] == [2, 2, 2]
+        with pytest.raises(ValueError, match="n is 2: complete_choices"):
+            client.complete("x", n=2)
+        open_end = client.tokenize([Message("user", "x")], continue_final_message=True)
+        assert client.detokenize(open_end) == "[user]x"
         assert client.detokenize(client.tokenize("häuser")) == "häuser"
         assert client.model_info().model_name == "fake"
         assert client.load().num_free_pages == NUM_PAGES

@@ -7,17 +7,17 @@ import weakref
 import pytest
 
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.schedule import RequestOutput
 from serving.loop import (
     DuplicateRequestError,
     EngineFailedError,
     EngineLoop,
     NotServingError,
     RequestRefusedError,
-    RequestStream,
     TooManyRequestsError,
 )
-from tests.serving.fakes import NUM_PAGES, FakeEngine, expected_token_ids
+from serving.output_text import TextOptions, output_texts
+from serving.request_stream import RequestStream, TextOutput
+from tests.serving.fakes import NUM_PAGES, ByteTokenizer, FakeEngine, expected_token_ids
 from tests.serving.running import run, until
 
 
@@ -25,15 +25,15 @@ def request(request_id: str = "r", max_tokens: int = 5, prompt: tuple[int, ...] 
     return Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens)
 
 
-async def read_all(stream: RequestStream) -> list[RequestOutput]:
-    outputs = [await stream.read()]
-    while outputs[-1].finish_reason is None:
-        outputs.append(await stream.read())
-    return outputs
+NEW_TEXT = output_texts(ByteTokenizer(), TextOptions())
 
 
-def all_token_ids(outputs: list[RequestOutput]) -> list[int]:
-    return [token_id for output in outputs for token_id in output.token_ids]
+async def read_all(stream: RequestStream) -> list[TextOutput]:
+    return [output async for output in stream.outputs()]
+
+
+def all_token_ids(outputs: list[TextOutput]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.output.token_ids]
 
 
 def test_a_reader_that_is_slow_gets_merged_outputs_and_loses_nothing() -> None:
@@ -41,13 +41,13 @@ def test_a_reader_that_is_slow_gets_merged_outputs_and_loses_nothing() -> None:
         # Slow enough that the first output is read long before the last is there.
         engine = FakeEngine(step_seconds=2e-3)
         loop = EngineLoop(engine)
-        slow = loop.submit(request("slow", 300))
+        slow = loop.submit(request("slow", 300), NEW_TEXT)
         first = await slow.read()
         await until(lambda: slow.is_finished)
         rest = await read_all(slow)
         assert len(rest) == 1
         assert all_token_ids([first, *rest]) == expected_token_ids((1,), 300)
-        assert rest[-1].num_output_tokens == 300
+        assert rest[-1].output.num_output_tokens == 300
         loop.close(slow)
         await loop.drain(1.0)
         assert engine.aborted == []
@@ -59,11 +59,11 @@ def test_an_idle_loop_waits_without_stepping() -> None:
     async def test() -> None:
         engine = FakeEngine()
         loop = EngineLoop(engine)
-        await read_all(loop.submit(request("a", 4)))
+        await read_all(loop.submit(request("a", 4), NEW_TEXT))
         steps = engine.num_steps
         await asyncio.sleep(0.05)
         assert engine.num_steps == steps == 4
-        await read_all(loop.submit(request("b", 4)))
+        await read_all(loop.submit(request("b", 4), NEW_TEXT))
         await loop.drain(1.0)
 
     run(test())
@@ -72,8 +72,8 @@ def test_an_idle_loop_waits_without_stepping() -> None:
 def test_a_refusal_fails_that_stream_only() -> None:
     async def test() -> None:
         loop = EngineLoop(FakeEngine(step_seconds=0.001))
-        good = loop.submit(request("good", 50))
-        bad = loop.submit(request("bad", prompt=(255,)))
+        good = loop.submit(request("good", 50), NEW_TEXT)
+        bad = loop.submit(request("bad", prompt=(255,)), NEW_TEXT)
         with pytest.raises(RequestRefusedError, match="starts with 255"):
             await bad.read()
         assert len(all_token_ids(await read_all(good))) == 50
@@ -87,15 +87,15 @@ def test_ids_and_numbers_of_live_requests_are_bounded() -> None:
     async def test() -> None:
         engine = FakeEngine(step_seconds=0.001)
         loop = EngineLoop(engine, max_live_requests=2)
-        first = loop.submit(request("a", 400))
+        first = loop.submit(request("a", 400), NEW_TEXT)
         with pytest.raises(DuplicateRequestError):
-            loop.submit(request("a"))
-        second = loop.submit(request("b", 400))
+            loop.submit(request("a"), NEW_TEXT)
+        second = loop.submit(request("b", 400), NEW_TEXT)
         with pytest.raises(TooManyRequestsError, match="the limit is 2"):
-            loop.submit(request("c"))
+            loop.submit(request("c"), NEW_TEXT)
         loop.close(first)
         # The id is free at once, and the new request is not hit by the old one's abort.
-        again = loop.submit(request("a", 3))
+        again = loop.submit(request("a", 3), NEW_TEXT)
         assert all_token_ids(await read_all(again)) == expected_token_ids((1,), 3)
         loop.close(second)
         await loop.drain(1.0)
@@ -110,16 +110,16 @@ def test_closing_and_aborting_at_any_time_is_harmless() -> None:
         loop = EngineLoop(engine)
         for i in range(60):
             # The same id again and again, ended at ever later moments around its own finish.
-            stream = loop.submit(request("same", 1 + i % 5))
+            stream = loop.submit(request("same", 1 + i % 5), NEW_TEXT)
             for _ in range(i % 7):
                 await asyncio.sleep(0)
             if i % 2:
                 loop.abort("same")
                 outputs = await read_all(stream)
-                assert outputs[-1].num_output_tokens == len(all_token_ids(outputs))
+                assert outputs[-1].output.num_output_tokens == len(all_token_ids(outputs))
             loop.close(stream)
             loop.close(stream)
-        assert all_token_ids(await read_all(loop.submit(request("same", 9)))) == (
+        assert all_token_ids(await read_all(loop.submit(request("same", 9), NEW_TEXT))) == (
             expected_token_ids((1,), 9)
         )
         await loop.drain(1.0)
@@ -131,14 +131,14 @@ def test_closing_and_aborting_at_any_time_is_harmless() -> None:
 def test_a_failing_engine_fails_every_stream_and_is_noticed() -> None:
     async def test() -> None:
         loop = EngineLoop(FakeEngine(fail_after_steps=3))
-        streams = [loop.submit(request(str(i), 100)) for i in range(4)]
+        streams = [loop.submit(request(str(i), 100), NEW_TEXT) for i in range(4)]
         for stream in streams:
             with pytest.raises(EngineFailedError):
                 await read_all(stream)
         await loop.ended.wait()
         assert not loop.is_accepting
         with pytest.raises(EngineFailedError):
-            loop.submit(request("late"))
+            loop.submit(request("late"), NEW_TEXT)
         with pytest.raises(EngineFailedError, match="the device is gone"):
             await loop.drain(5.0)
 
@@ -149,7 +149,7 @@ def test_an_engine_that_forgets_a_request_is_a_failed_engine() -> None:
     async def test() -> None:
         loop = EngineLoop(FakeEngine(lost=("gone",)))
         with pytest.raises(EngineFailedError):
-            await read_all(loop.submit(request("gone")))
+            await read_all(loop.submit(request("gone"), NEW_TEXT))
         with pytest.raises(EngineFailedError, match="lost"):
             await loop.drain(5.0)
 
@@ -160,16 +160,19 @@ def test_draining_lets_short_requests_finish_and_aborts_long_ones() -> None:
     async def test() -> None:
         engine = FakeEngine(step_seconds=0.005)
         loop = EngineLoop(engine)
-        short, long = loop.submit(request("short", 5)), loop.submit(request("long", 400))
+        short, long = (
+            loop.submit(request("short", 5), NEW_TEXT),
+            loop.submit(request("long", 400), NEW_TEXT),
+        )
         draining = asyncio.create_task(loop.drain(0.3))
         await asyncio.sleep(0)
         with pytest.raises(NotServingError):
-            loop.submit(request("late"))
+            loop.submit(request("late"), NEW_TEXT)
         await draining
-        assert (await read_all(short))[-1].finish_reason is FinishReason.LENGTH
+        assert (await read_all(short))[-1].output.finish_reason is FinishReason.LENGTH
         outputs = await read_all(long)
-        assert outputs[-1].finish_reason is FinishReason.ABORT
-        assert outputs[-1].num_output_tokens == len(all_token_ids(outputs)) < 400
+        assert outputs[-1].output.finish_reason is FinishReason.ABORT
+        assert outputs[-1].output.num_output_tokens == len(all_token_ids(outputs)) < 400
         assert engine.stats.num_free_pages == NUM_PAGES
 
     run(test())
@@ -180,10 +183,10 @@ def test_draining_an_engine_that_hangs_ends() -> None:
         engine = FakeEngine()
         engine.gate.clear()
         loop = EngineLoop(engine)
-        stream = loop.submit(request())
+        stream = loop.submit(request(), NEW_TEXT)
         with pytest.raises(EngineFailedError, match="did not end its step"):
             await loop.drain(0.02, stop_seconds=0.02)
-        assert (await read_all(stream))[-1].finish_reason is FinishReason.ABORT
+        assert (await read_all(stream))[-1].output.finish_reason is FinishReason.ABORT
         engine.gate.set()
         await loop.ended.wait()
 
@@ -193,11 +196,11 @@ def test_draining_an_engine_that_hangs_ends() -> None:
 def test_finished_requests_are_not_kept() -> None:
     async def test() -> None:
         loop = EngineLoop(FakeEngine())
-        stream = loop.submit(request())
+        stream = loop.submit(request(), NEW_TEXT)
         await read_all(stream)
         reference = weakref.ref(stream)
         del stream
-        await read_all(loop.submit(request()))
+        await read_all(loop.submit(request(), NEW_TEXT))
         gc.collect()
         assert reference() is None
         await loop.drain(1.0)

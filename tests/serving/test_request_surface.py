@@ -37,8 +37,21 @@ served_sampling = st.builds(
     top_k=optional(small),
     top_p=optional(st.floats(0.01, 1)),
     seed=optional(st.integers(0, (1 << 64) - 1)),
-    max_tokens=optional(st.integers(1, 40)),
+    max_tokens=optional(st.integers(8, 40)),
     ignore_eos=optional(st.booleans()),
+    min_p=optional(st.floats(0, 1)),
+    repetition_penalty=optional(st.floats(0.1, 2)),
+    presence_penalty=optional(st.floats(-2, 2)),
+    frequency_penalty=optional(st.floats(-2, 2)),
+    logit_bias=st.dictionaries(st.integers(0, 257), st.floats(-100, 100), max_size=2),
+    min_tokens=optional(st.integers(0, 8)),
+    stop=st.lists(st.text("abcdefgh", min_size=1, max_size=2), max_size=2),
+    stop_token_ids=st.lists(st.integers(97, 100), max_size=1),
+    include_stop_in_output=optional(st.booleans()),
+    n=optional(st.integers(1, 4)),
+    logprobs=optional(st.integers(0, 3)),
+    prompt_logprobs=optional(st.integers(0, 3)),
+    skip_control_tokens=optional(st.booleans()),
 )
 wild_sampling = st.builds(
     pb.SamplingParams,
@@ -48,17 +61,24 @@ wild_sampling = st.builds(
     seed=optional(st.integers(0, (1 << 64) - 1)),
     max_tokens=optional(int32 | small),
     ignore_eos=optional(st.booleans()),
+    min_p=optional(number),
+    repetition_penalty=optional(number),
+    presence_penalty=optional(number),
+    frequency_penalty=optional(number),
+    logit_bias=st.dictionaries(uint32, number, max_size=1),
+    min_tokens=optional(int32 | small),
+    stop=st.lists(text, max_size=2),
+    stop_token_ids=st.lists(uint32, max_size=2),
+    include_stop_in_output=optional(st.booleans()),
+    n=optional(int32 | small),
+    logprobs=optional(int32 | small),
+    prompt_logprobs=optional(int32 | small),
+    skip_control_tokens=optional(st.booleans()),
 )
 refused_sampling = st.builds(
     pb.SamplingParams,
-    min_p=optional(number),
-    repetition_penalty=optional(number),
-    logit_bias=st.dictionaries(uint32, number, max_size=1),
-    structured_output=optional(st.builds(pb.StructuredOutput, regex=text)),
-    min_tokens=optional(int32),
-    stop=st.lists(text, max_size=1),
-    n=optional(int32),
-    logprobs=optional(int32),
+    min_p=optional(st.floats(0, 1)),
+    structured_output=st.builds(pb.StructuredOutput, regex=text),
 )
 request_id = st.text("abc", min_size=1, max_size=2)
 
@@ -128,6 +148,10 @@ def test_any_request_is_answered_or_refused_and_no_page_is_lost(
     ) -> None:
         if cancel is not None:
             request.sampling.MergeFrom(pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True))
+            request.sampling.ClearField("stop")
+            request.sampling.ClearField("stop_token_ids")
+            # So that pages can be counted: a choice takes some twenty of them.
+            request.sampling.ClearField("n")
         stream = stub.Generate(request, timeout=20)
         if cancel is not None:
             asyncio.get_running_loop().call_later(cancel / 1000, stream.cancel)
@@ -139,6 +163,8 @@ def test_any_request_is_answered_or_refused_and_no_page_is_lost(
         if code is OK:
             assert events[0] == "started"
             assert events[-1] == "finished"
+            assert events.count("started") == 1
+            assert events.count("finished") == max(request.sampling.n, 1)
         elif code is not grpc.StatusCode.CANCELLED or cancel is None:
             # Random ids collide now and then.
             assert code in (*REFUSALS, grpc.StatusCode.ALREADY_EXISTS), await stream.details()

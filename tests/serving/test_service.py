@@ -9,32 +9,9 @@ from jaxinfer.request import LIMITS
 from serving.client import AsyncClient, Delta, Finished, Message, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+from serving.validate import CHAT_LIMITS
 from tests.serving.fakes import EOS, MAX_MODEL_LEN, NUM_PAGES, FakeEngine, expected_token_ids
 from tests.serving.running import run, running_client, running_server, until
-
-
-def refusal(request: pb.GenerateRequest) -> ServerError:
-    """What a server says to a request that it must refuse with no effect on its pages."""
-
-    async def test() -> ServerError:
-        engine = FakeEngine()
-        async with running_server(engine) as (target, _):
-            error = await call_error(target, request)
-            assert engine.stats.num_free_pages == NUM_PAGES
-            return error
-
-    return run(test())
-
-
-async def call_error(target: str, request: pb.GenerateRequest) -> ServerError:
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
-        try:
-            async for _ in stub.Generate(request, timeout=20):
-                pass
-        except grpc.aio.AioRpcError as error:
-            return ServerError(error.code().name, error.details() or "")
-    raise AssertionError("the request was not refused")
 
 
 def test_streams_started_deltas_finished() -> None:
@@ -143,75 +120,6 @@ def test_default_length_is_the_rest_of_the_context_up_to_256() -> None:
     run(test())
 
 
-def ids(*token_ids: int) -> pb.TokenIds:
-    return pb.TokenIds(ids=token_ids)
-
-
-def chat(*messages: tuple[str, str]) -> pb.Chat:
-    return pb.Chat(messages=[pb.ChatMessage(role=r, content=c) for r, c in messages])
-
-
-REFUSED = {
-    "no prompt": (pb.GenerateRequest(), "no prompt"),
-    "no tokens": (pb.GenerateRequest(token_ids=ids()), "no tokens"),
-    "empty text": (pb.GenerateRequest(text="", add_special_tokens=False), "no tokens"),
-    "no messages": (pb.GenerateRequest(chat=chat()), "chat.messages"),
-    "empty role": (pb.GenerateRequest(chat=chat(("", "x"))), "role"),
-    "long role": (pb.GenerateRequest(chat=chat(("r" * 65, "x"))), "role"),
-    "template": (pb.GenerateRequest(chat=chat(("robot", "x"))), "'robot'"),
-    "messages": (pb.GenerateRequest(chat=chat(*[("user", "")] * 1025)), "[1, 1024]"),
-    "vocabulary": (pb.GenerateRequest(token_ids=ids(1, 258)), "[0, 257], got 258"),
-    "largest id": (pb.GenerateRequest(token_ids=ids((1 << 32) - 1)), "got 4294967295"),
-    "context": (pb.GenerateRequest(token_ids=ids(*[1] * MAX_MODEL_LEN)), "max_model_len (512)"),
-    "characters": (
-        pb.GenerateRequest(text="x" * (int(LIMITS["prompt_characters"].high) + 1)),
-        "characters of the prompt",
-    ),
-    "empty id": (pb.GenerateRequest(text="a", request_id=""), "request_id"),
-    "long id": (pb.GenerateRequest(text="a", request_id="i" * 129), "request_id"),
-    "strange id": (pb.GenerateRequest(text="a", request_id="a\nb"), "printable"),
-    "by the engine": (pb.GenerateRequest(token_ids=ids(255)), "starts with 255"),
-}
-
-
-@pytest.mark.parametrize(("request_", "says"), REFUSED.values(), ids=REFUSED.keys())
-def test_refuses_by_name(request_: pb.GenerateRequest, says: str) -> None:
-    error = refusal(request_)
-    assert error.code == "INVALID_ARGUMENT"
-    assert says in error.message
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("temperature", float("inf")),
-        ("temperature", 101.0),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("top_p", float("nan")),
-        ("top_k", -1),
-        ("top_k", (1 << 31) - 1),
-        ("max_tokens", 0),
-        ("max_tokens", -5),
-        ("max_tokens", (1 << 31) - 1),
-        ("max_tokens", MAX_MODEL_LEN),
-    ],
-)
-def test_refuses_values_outside_their_limits(name: str, value: float) -> None:
-    sampling = pb.SamplingParams()
-    setattr(sampling, name, value)
-    error = refusal(pb.GenerateRequest(token_ids=ids(1), sampling=sampling))
-    assert error.code == "INVALID_ARGUMENT"
-    assert name in error.message
-
-
-def test_a_message_that_is_too_large_is_refused_before_it_is_read() -> None:
-    error = refusal(pb.GenerateRequest(text="x" * (9 << 20)))
-    assert error.code == "RESOURCE_EXHAUSTED"
-
-
 def test_model_info_tells_the_truth() -> None:
     async def test() -> None:
         async with running_client(FakeEngine()) as client:
@@ -220,8 +128,9 @@ def test_model_info_tells_the_truth() -> None:
         assert (info.max_model_len, info.max_position_embeddings) == (512, 1024)
         assert (info.num_pages, info.page_size, info.default_max_tokens) == (64, 16, 256)
         assert (info.weights_dtype, info.kv_cache_dtype) == ("float32", "float32")
-        assert {limit.name for limit in info.limits} == set(LIMITS)
+        assert {limit.name for limit in info.limits} == {*LIMITS, *CHAT_LIMITS}
         assert "SamplingParams.top_p" in info.supported_fields
+        assert not any("structured_output" in name for name in info.supported_fields)
         assert list(info.eos_token_ids) == [EOS]
 
     run(test())
@@ -229,7 +138,7 @@ def test_model_info_tells_the_truth() -> None:
 
 def test_load_counts_live_requests_and_pages() -> None:
     async def test() -> None:
-        engine = FakeEngine(step_seconds=0.005)
+        engine = FakeEngine(step_seconds=0.005, num_cached_tokens=4)
         async with running_client(engine) as client:
             idle = await client.load()
             events = client.generate([1] * 10, max_tokens=400)
@@ -237,6 +146,7 @@ def test_load_counts_live_requests_and_pages() -> None:
             busy = await client.load()
             await events.aclose()
             await until(lambda: engine.stats.num_free_pages == NUM_PAGES)
+        assert (idle.num_cached_tokens, idle.num_cached_pages) == (4, 3)
         assert (idle.num_live_requests, idle.num_free_pages, idle.accepting) == (0, NUM_PAGES, True)
         assert busy.num_live_requests == busy.num_running == 1
         assert busy.num_free_pages == NUM_PAGES - 26

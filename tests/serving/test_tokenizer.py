@@ -150,6 +150,59 @@ def test_chat_template() -> None:
         Tokenizer(replace(SPEC, chat_template=None)).render_chat(USER)
 
 
+@pytest.mark.parametrize("content", ["Sure", "", "end", "<|end|>", " both ", "x\n"])
+def test_the_last_message_can_be_left_open(content: str) -> None:
+    messages = [*USER, {"role": "assistant", "content": content}]
+    text = TOKENIZER.render_chat(messages, continue_final_message=True)
+    # The template trims, so what is left open is trimmed too: a beginning of the whole.
+    expected = f"<|start|>user: Hi<|end|>\n<|start|>assistant: {content.strip()}"
+    assert text == expected or text == expected.rstrip()
+    whole = TOKENIZER.render_chat(messages, add_generation_prompt=False)
+    assert whole.startswith(text)
+    token_ids = TOKENIZER.encode_chat(messages, continue_final_message=True)
+    assert token_ids == TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content | upper }}",
+        "{{ messages[-1].role }}",
+        "{{ messages[-1].content | length }}: {{ messages[-1].content }}",
+        "{{ messages[-1].content[:3] }}",
+    ],
+)
+def test_a_message_that_the_template_alters_cannot_be_left_open(template: str) -> None:
+    tokenizer = Tokenizer(replace(SPEC, chat_template=template))
+    messages = [*USER, {"role": "assistant", "content": "Sure thing"}]
+    with pytest.raises(ValueError, match="alters the last message"):
+        tokenizer.render_chat(messages, continue_final_message=True)
+
+
+def test_without_messages_there_is_none_to_continue() -> None:
+    with pytest.raises(ValueError, match="no last message"):
+        TOKENIZER.render_chat([], continue_final_message=True)
+
+
+def test_arguments_of_a_template() -> None:
+    template = (
+        "{%- if not style is defined %}{% set style = 'plain' %}{% endif -%}"
+        "{{ style }} {% if think is defined and think is false %}quick{% endif %}"
+        "{{ messages[0].name }}{{ bos_token }}{{ namespace(a=1).a }}{% set own = 1 %}"
+        "{% for i in range(1) %}{{ raise_exception is defined }}{% endfor %}"
+    )
+    tokenizer = Tokenizer(replace(SPEC, chat_template=template))
+    assert tokenizer.render_chat(USER) == "plain <|start|>1True"
+    messages = [{**USER[0], "name": "Ada"}]
+    arguments: dict[str, str | bool] = {"style": "bold", "think": False}
+    text = tokenizer.render_chat(messages, template_arguments=arguments)
+    assert text == "bold quickAda<|start|>1True"
+    taken = ("messages", "range", "bos_token", "tools", "namespace", "raise_exception", "self")
+    for name in ("colour", *taken):
+        with pytest.raises(ValueError, match=f"no variable '{name}' to be set"):
+            tokenizer.render_chat(USER, template_arguments={name: "x"})
+
+
 def render(template: str) -> str:
     return Tokenizer(replace(SPEC, chat_template=template)).render_chat(USER)
 
@@ -171,6 +224,7 @@ def test_functions_of_hugging_face_templates() -> None:
         ([{"role": "user"}], "needs a content that is a string"),
         ([{"role": "user", "content": 1}], "needs a content that is a string"),
         ([{"content": "x"}], "needs a role that is a string"),
+        ([{**USER[0], "name": 3}], "name of a message must be a string"),
     ],
 )
 def test_messages_that_are_refused(messages: list[dict[str, Any]], match: str) -> None:

@@ -21,6 +21,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig, RopeScaling
 from jaxinfer.engine import Engine
 from jaxinfer.models.layers import inverse_frequencies
 from jaxinfer.request import Request
+from jaxinfer.schedule import TokenLogprobs
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from serving.tokenizer import Tokenizer
 from tests.data.random_llama import draw_weights
@@ -191,6 +192,12 @@ def test_real_likelihood_of_a_text() -> None:
     reference = json.loads((DATA / "nll_pytopics.json").read_text())
     token_ids = tokenizer.encode(reference["text"], add_special_tokens=False)[:2000]
     assert token_ids == reference["ids"]
-    losses = engine.score(token_ids).astype(np.float64)
+    engine.add(Request("text", tuple(token_ids), max_tokens=1, prompt_logprobs=0))
+    scored: tuple[TokenLogprobs | None, ...] = ()
+    while engine.has_unfinished:
+        for output in engine.step():
+            scored += output.prompt_logprobs
+    losses = np.array([-entry.logprob for entry in scored if entry])
+    assert len(losses) == 1999
     assert losses.mean() == pytest.approx(reference["mean_nll"], rel=1e-3)
     np.testing.assert_allclose(losses, reference["token_nll"], atol=5e-3)

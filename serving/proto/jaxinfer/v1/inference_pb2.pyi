@@ -345,7 +345,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "uptime_seconds", "num_live_requests", "max_live_requests", "accepting")
+    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "uptime_seconds", "num_live_requests", "max_live_requests", "accepting", "num_cached_tokens", "num_cached_pages")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +357,8 @@ class GetLoadResponse(_message.Message):
     NUM_LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTING_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages: int
@@ -368,7 +370,9 @@ class GetLoadResponse(_message.Message):
     num_live_requests: int
     max_live_requests: int
     accepting: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., num_live_requests: _Optional[int] = ..., max_live_requests: _Optional[int] = ..., accepting: _Optional[bool] = ...) -> None: ...
+    num_cached_tokens: int
+    num_cached_pages: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., num_live_requests: _Optional[int] = ..., max_live_requests: _Optional[int] = ..., accepting: _Optional[bool] = ..., num_cached_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -1,0 +1,63 @@
+"""``bench.py host``: where the host's time goes in a step, and whether the device hides it."""
+
+import argparse
+import time
+from typing import Any
+
+from scripts.assembly import LoadedModel, new_engine
+from scripts.measuring import describe, measure, random_prompts, requests_of
+from serving.tokenizer import Detokenizer
+
+PHASES = ("schedule", "pack", "dispatch", "convert", "update")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Its flags."""
+    parser.add_argument("--num-steps", type=int, default=128, help="default: %(default)s")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses sizes out of range."""
+    if not 2 <= options.num_steps <= 4096:
+        parser.error(f"--num-steps must be between 2 and 4096, got {options.num_steps}")
+
+
+def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a decode step, all slots in use; asynchronous against waiting for each step."""
+    figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.engine_config.max_num_seqs}
+    shapes = [loaded.engine.shapes[-1]]
+    shapes += [shape for shape in loaded.engine.shapes if not shape.num_tiles]
+    for name, steps_ahead in (("synchronous", 0), ("asynchronous", 1)):
+        engine = new_engine(loaded, shapes, steps_ahead=steps_ahead)
+        lengths = [32] * loaded.engine_config.max_num_seqs
+        prompts = random_prompts(loaded.model.vocab_size, lengths)
+        measure(engine, requests_of(prompts, 4))
+        before = engine.host_seconds
+        # The prompts are found in the prefix cache, so that nearly all steps are decodes.
+        measured = measure(engine, requests_of(prompts, options.num_steps), name)
+        after = engine.host_seconds
+        num_steps = after["read"] - before["read"]
+        figures[name] = {
+            f"{phase}_ms": round(1e3 * (after[phase] - before[phase]) / num_steps, 4)
+            for phase in (*PHASES, "wait")
+        }
+        host = sum(figures[name][f"{phase}_ms"] for phase in PHASES)
+        detokenize = detokenize_ms(loaded, measured.token_ids)
+        figures[name] |= {
+            "detokenize_ms": detokenize,
+            "host_ms": round(host + detokenize, 4),
+            "step_ms": round(1e3 * measured.seconds / num_steps, 4),
+            "tokens_per_second": round(measured.num_output_tokens / measured.seconds, 2),
+        }
+    return figures
+
+
+def detokenize_ms(loaded: LoadedModel, token_ids: dict[str, list[int]]) -> float:
+    """Milliseconds a step to turn one token of every sequence into text."""
+    detokenizers = {name: Detokenizer(loaded.tokenizer) for name in token_ids}
+    num_steps = min(len(tokens) for tokens in token_ids.values())
+    begun = time.perf_counter()
+    for step in range(num_steps):
+        for name, tokens in token_ids.items():
+            detokenizers[name].add(tokens[step : step + 1])
+    return round(1e3 * (time.perf_counter() - begun) / num_steps, 4)
