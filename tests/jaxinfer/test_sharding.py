@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
-from jaxinfer.kv_cache import abstract_kv_pages
+from jaxinfer.kv_cache import abstract_kv_pages, page_bytes
 from jaxinfer.sharding import (
     abstract_parameters,
     explain_heads,
@@ -316,7 +316,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=message):
         physical_model(model, 4)
     with pytest.raises(ValueError, match=message):
-        models.abstract(model, CPU_DTYPES, jax.sharding.AbstractMesh((4,), ("tensor",)))
+        page_bytes(model, 16, "float32", num_devices=4)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         physical_model(model, 0)
 
