@@ -18,6 +18,7 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.gguf_blocks import aligned_empty
 from checkpoints.gguf_file import MAGIC
 from jaxinfer.config import ModelConfig, TokenizerSpec
+from jaxinfer.sharding import physical_model, physical_parameter
 
 # Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
 _NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -69,6 +70,7 @@ def load_parameters(
     checkpoint: Weights,
     abstract: Mapping[Any, Any],
     progress: Callable[[int, int], None] | None = None,
+    num_devices: int = 1,
 ) -> dict[Any, Any]:
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
@@ -78,17 +80,25 @@ def load_parameters(
     head its R query heads, its key head, its value head), ``o_proj [G, R, D, E]``,
     ``post_attention_norm [E]``, ``gate_up [E, 2, F]``, ``down_proj [F, E]``.
 
+    ``num_devices`` is what ``abstract`` was made for: G, R, F and V are those of
+    ``physical_model``, and heads are repeated and ends padded with zeros accordingly.
     ``progress(done, total)`` is called in this thread after each parameter. The host holds the
     parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
     naming the paths that are missing, unknown, of another shape, or not finite.
     """
     wanted = dict(_leaves(abstract, ()))
-    _check_paths(wanted, checkpoint.model)
+    _check_paths(wanted, physical_model(checkpoint.model, num_devices))
+    shapes = parameter_shapes(checkpoint.model)
+
+    def make(path: ParameterPath) -> jax.Array:
+        array = _assemble(checkpoint, path, shapes[path], np.dtype(wanted[path].dtype))
+        return _place(array, path, wanted[path], checkpoint.model, num_devices)
+
     loaded: dict[ParameterPath, jax.Array] = {}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         # The largest first, so that no thread is left alone with it at the end.
         order = sorted(wanted, key=lambda path: -math.prod(wanted[path].shape))
-        futures = {pool.submit(_place, checkpoint, path, wanted[path]): path for path in order}
+        futures = {pool.submit(make, path): path for path in order}
         try:
             for future in as_completed(futures):
                 loaded[futures[future]] = future.result()
@@ -162,10 +172,17 @@ def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig) -> Non
             )
 
 
-def _place(checkpoint: Weights, path: ParameterPath, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    array = _assemble(checkpoint, path, wanted.shape, np.dtype(wanted.dtype))
+def _place(
+    array: np.ndarray,
+    path: ParameterPath,
+    wanted: jax.ShapeDtypeStruct,
+    model: ModelConfig,
+    num_devices: int,
+) -> jax.Array:
     if not np.isfinite(array).all():
         raise ValueError(f"parameter {path} has values that are not finite: a damaged checkpoint?")
+    physical = physical_model(model, num_devices)
+    array = physical_parameter(str(path[-1]), array, model, physical)
     # May alias: nothing else refers to the array, and on a CPU it need not be copied again.
     return jax.device_put(array, wanted.sharding, may_alias=True)
 

@@ -1,11 +1,21 @@
-"""The mesh and the one table that says which logical axis is split over it."""
+"""Tensor parallelism: the mesh, which logical axis is split over it, and the shapes that gives.
 
+A model's *logical* shape is its config's. Its *physical* shape is what the devices hold: axes that
+do not divide by their number are padded with zeros, and kv heads fewer than devices are repeated.
+With one device the two are the same. Axis letters: E embed, G kv heads, R query heads a kv head,
+D head dim, F ffn, V vocab, N devices.
+"""
+
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.config import ModelConfig
 
 # ``jax.Device`` is a value to type checkers.
 Device = Any
@@ -21,9 +31,19 @@ def make_mesh(devices: Sequence[Device]) -> Mesh:
     return jax.make_mesh((len(devices),), (TENSOR,), (AxisType.Auto,), devices=devices)
 
 
+def num_tensor_devices(mesh: Mesh | None) -> int:
+    """N: over how many devices split axes are divided; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape[TENSOR]
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Logical axes by the table; () replicates."""
+    return PartitionSpec(*(axis and RULES.get(axis) for axis in axes))
+
+
 def named_sharding(mesh: Mesh, axes: Sequence[str | None] = ()) -> NamedSharding:
     """The sharding of an array whose dimensions are called ``axes``; () replicates."""
-    return NamedSharding(mesh, PartitionSpec(*(axis and RULES.get(axis) for axis in axes)))
+    return NamedSharding(mesh, partition_spec(axes))
 
 
 def abstract_parameters(state: nnx.State, mesh: Mesh) -> dict[Any, Any]:
@@ -39,3 +59,94 @@ def abstract_parameters(state: nnx.State, mesh: Mesh) -> dict[Any, Any]:
 
     placed = jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return nnx.to_pure_dict(placed)
+
+
+def physical_model(model: ModelConfig, num_devices: int) -> ModelConfig:
+    """``model`` with the shapes that ``num_devices`` hold together; itself for one device.
+
+    Kv heads are split where ``num_devices`` divides them. Where they divide it, each is repeated,
+    and its query heads are divided over its copies; missing query heads are padding, and a copy
+    may hold nothing else. Raises ``ValueError`` where neither divides the other.
+    """
+    kv_heads = model.num_key_value_heads
+    if num_devices < 1:
+        raise ValueError(f"the number of devices must be at least 1, got {num_devices}")
+    if kv_heads % num_devices and num_devices % kv_heads:
+        fitting = [str(n) for n in range(1, kv_heads) if kv_heads % n == 0]
+        raise ValueError(
+            f"{kv_heads} kv heads cannot be divided over {num_devices} devices: tensor parallelism "
+            f"must be {', '.join(fitting)} or a multiple of {kv_heads}"
+        )
+    copies = max(1, num_devices // kv_heads)
+    query_heads = -(-model.num_attention_heads // (kv_heads * copies))
+    return dataclasses.replace(
+        model,
+        num_key_value_heads=kv_heads * copies,
+        num_attention_heads=kv_heads * copies * query_heads,
+        intermediate_size=_round_up(model.intermediate_size, num_devices),
+        vocab_size=_round_up(model.vocab_size, num_devices),
+    )
+
+
+def physical_parameter(
+    name: str, logical: np.ndarray, model: ModelConfig, physical: ModelConfig
+) -> np.ndarray:
+    """The array that stands for ``logical`` in a model of ``physical`` shape, for the same outputs.
+
+    ``name`` is the last part of the parameter's path. ``qkv`` [E, G, R + 2, D] and ``o_proj``
+    [G, R, D, E] have heads to deal out; any other is padded with zeros at the ends. Returns
+    ``logical`` itself where nothing changes.
+    """
+    if model == physical:
+        return logical
+    if name == "qkv":
+        queries = _deal_queries(logical[:, :, :-2], 1, model, physical)
+        copies = physical.num_key_value_heads // model.num_key_value_heads
+        keys_and_values = np.repeat(logical[:, :, -2:], copies, axis=1)
+        return np.concatenate([queries, keys_and_values], axis=2)
+    if name == "o_proj":
+        return _deal_queries(logical, 0, model, physical)
+    sizes = {
+        "gate_up": (2, physical.intermediate_size),
+        "down_proj": (0, physical.intermediate_size),
+    }
+    sizes |= {"lm_head": (1, physical.vocab_size), "embed_tokens": (0, physical.vocab_size)}
+    if name not in sizes:
+        return logical
+    axis, size = sizes[name]
+    return _pad(logical, axis, size)
+
+
+def explain_heads(model: ModelConfig, num_devices: int) -> str:
+    """What becomes of the heads, in one line."""
+    physical = physical_model(model, num_devices)
+    kv_heads, query_heads = model.num_key_value_heads, model.num_attention_heads
+    if physical.num_key_value_heads == kv_heads:
+        return f"{kv_heads} kv heads over {num_devices} devices: {kv_heads // num_devices} each"
+    line = f"{kv_heads} kv heads replicated {num_devices // kv_heads} times"
+    if physical.num_attention_heads != query_heads:
+        line += f", {query_heads} query heads padded to {physical.num_attention_heads}"
+    return line
+
+
+def _deal_queries(
+    array: np.ndarray, axis: int, model: ModelConfig, physical: ModelConfig
+) -> np.ndarray:
+    """Axes (G, R) at ``axis`` -> (G', R'): R in order over the copies of its kv head, then zeros.
+
+    G' R' is at least G R and a multiple of G: a padded copy follows those that have real heads.
+    """
+    kv_heads = model.num_key_value_heads
+    padded = _pad(array, axis + 1, physical.num_attention_heads // kv_heads)
+    dealt = physical.num_attention_heads // physical.num_key_value_heads
+    before, after = array.shape[:axis], array.shape[axis + 2 :]
+    return padded.reshape(*before, physical.num_key_value_heads, dealt, *after)
+
+
+def _pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    missing = [(0, size - length if i == axis else 0) for i, length in enumerate(array.shape)]
+    return np.pad(array, missing)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

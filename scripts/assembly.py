@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from checkpoints.catalog import CATALOG, resolve
-from checkpoints.load import load_parameters, open_checkpoint
+from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from jaxinfer import models
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.kv_cache import page_bytes, plan_num_pages
-from jaxinfer.sharding import Device, make_mesh
+from jaxinfer.sharding import Device, abstract_parameters, make_mesh, num_tensor_devices
 from jaxinfer.step import Parameters
 from scripts.memory import free_bytes
 from scripts.phases import Phases
@@ -35,8 +37,25 @@ ACCELERATOR_KV_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What will be loaded where, with which sizes; nothing is allocated yet.
+
+    ``devices``: of all replicas; ``mesh``: those of the first one.
+    """
+
+    checkpoint: Checkpoint
+    config: EngineConfig
+    dtypes: DtypePolicy
+    devices: list[Device]
+    mesh: Mesh
+
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """A compiled engine with its model, its parameters and its tokenizer."""
+    """A compiled engine with its model, its parameters and its tokenizer.
+
+    ``devices``: all that were asked for, of which the engine has the first ``--tensor-parallel``.
+    """
 
     name: str
     model: ModelConfig
@@ -57,6 +76,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         help=f"a GGUF file, or one of: {', '.join(sorted(CATALOG))} (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tensor-parallel",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="devices that share each layer of a model (default: %(default)s)",
+    )
+    group.add_argument(
+        "--data-parallel",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="replicas of the model, each on devices of its own (default: %(default)s)",
     )
     group.add_argument(
         "--dtype",
@@ -105,8 +138,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-memory",
         type=parse_bytes,
-        help="memory of the KV cache, such as 512MiB or 4GiB (default: of what the model leaves "
-        "free, 80 %% on accelerators, half on CPU but at most 1GiB)",
+        help="memory of the KV cache on all devices of a replica, such as 512MiB or 4GiB (default: "
+        "of what the model leaves free, 80 %% on accelerators, half on CPU but at most 1GiB)",
     )
 
 
@@ -119,19 +152,15 @@ def load_model(
 
     Raises ``ValueError`` in one line for anything a user can mend.
     """
-    devices = pick_devices(options)[:1]  # tensor parallelism is not built yet
-    use_compilation_cache()
-    with phases.phase("download", unit="B") as progress:
-        path = resolve(options.model, progress)
-    with phases.phase("open"):
-        checkpoint = open_checkpoint(path)
+    plan = plan_model(options, phases)
+    checkpoint, config = plan.checkpoint, plan.config
+    with phases.phase("tokenizer"):
         tokenizer = Tokenizer(checkpoint.tokenizer)
-    model = checkpoint.model
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
-    config = engine_config(options, model, dtypes, devices[0])
-    engine = Engine(model, config, dtypes, make_mesh(devices))
+    engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
     with phases.phase("load", unit="tensors") as progress:
-        parameters = load_parameters(checkpoint, engine.abstract_parameters, progress)
+        parameters = load_parameters(
+            checkpoint, engine.abstract_parameters, progress, num_tensor_devices(plan.mesh)
+        )
         jax.block_until_ready(parameters)
     with phases.phase("compile", unit="programs") as progress:
         engine.compile(progress, engine.shapes[-1:] if one_program else None)
@@ -139,7 +168,33 @@ def load_model(
     with phases.phase("kv cache", note=size + f"{engine.kv_cache_bytes / 2**20:.0f} MiB"):
         engine.start(parameters)
     name = options.model if options.model in CATALOG else Path(options.model).stem
-    return LoadedModel(name, model, engine, config, dtypes, tokenizer, devices, parameters)
+    return LoadedModel(
+        name=name,
+        model=checkpoint.model,
+        engine=engine,
+        engine_config=config,
+        dtypes=plan.dtypes,
+        tokenizer=tokenizer,
+        devices=plan.devices,
+        parameters=parameters,
+    )
+
+
+def plan_model(options: argparse.Namespace, phases: Phases) -> Plan:
+    """Picks devices, fetches the checkpoint and fixes all sizes; loads no weights.
+
+    Raises ``ValueError`` in one line for anything a user can mend.
+    """
+    devices = pick_devices(options, options.tensor_parallel * options.data_parallel)
+    mesh = make_mesh(devices[: options.tensor_parallel])
+    use_compilation_cache()
+    with phases.phase("download", unit="B") as progress:
+        path = resolve(options.model, progress)
+    with phases.phase("open"):
+        checkpoint = open_checkpoint(path)
+    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
+    config = engine_config(options, checkpoint.model, dtypes, mesh)
+    return Plan(checkpoint, config, dtypes, devices, mesh)
 
 
 def new_engine(
@@ -161,9 +216,10 @@ def new_engine(
 
 
 def engine_config(
-    options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, device: Device
+    options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh
 ) -> EngineConfig:
     """Sizes of the engine; what is not given follows from the model and the platform."""
+    device, num_devices = mesh.devices.flat[0], num_tensor_devices(mesh)
     context = model.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > context:
         raise ValueError(
@@ -191,12 +247,13 @@ def engine_config(
     )
     memory = options.kv_memory
     if memory is None:
-        memory = default_kv_bytes(device, model, dtypes)
+        memory = default_kv_bytes(model, dtypes, mesh)
     num_pages = plan_num_pages(
-        model, page_size, dtypes.kv_cache, options.max_num_seqs, max_model_len, memory
+        model, page_size, dtypes.kv_cache, options.max_num_seqs, max_model_len, memory, num_devices
     )
     if num_pages * page_size < max_model_len:
-        needed = -(-max_model_len // page_size) * page_bytes(model, page_size, dtypes.kv_cache)
+        size = page_bytes(model, page_size, dtypes.kv_cache, num_devices)
+        needed = -(-max_model_len // page_size) * size
         raise ValueError(
             f"a KV cache of {memory / 2**20:.0f} MiB is too small for one sequence of "
             f"{max_model_len} tokens, which takes {needed / 2**20:.0f} MiB: raise --kv-memory or "
@@ -205,21 +262,29 @@ def engine_config(
     return dataclasses.replace(config, num_pages=num_pages)
 
 
-def default_kv_bytes(device: Device, model: ModelConfig, dtypes: DtypePolicy) -> int:
-    """Memory for the KV cache when the user names none; the parameters are not loaded yet."""
+def default_kv_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
+    """Memory on all devices for the KV cache when the user names none.
+
+    The parameters are not loaded yet; the first device speaks for all.
+    """
+    device, num_devices = mesh.devices.flat[0], num_tensor_devices(mesh)
     free = free_bytes(device)
     if free is None:
         return DEFAULT_CPU_KV_BYTES
-    left = max(0, free - parameter_bytes(model, dtypes))
-    if device.platform == "cpu":
+    loaded = parameter_bytes(model, dtypes, mesh)
+    if device.platform == "cpu":  # its devices share the host's memory
+        left = max(0, free - num_devices * loaded)
         return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
-    return int(left * ACCELERATOR_KV_FRACTION)
+    return num_devices * int(max(0, free - loaded) * ACCELERATOR_KV_FRACTION)
 
 
-def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy) -> int:
-    """Bytes of a model's parameters, from its declarations."""
-    _, state = models.abstract(model, dtypes)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
+    """Bytes of a model's parameters on each device, from its declarations."""
+    _, state = models.abstract(model, dtypes, mesh)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract_parameters(state, mesh))
+    )
 
 
 def use_compilation_cache() -> None:
@@ -241,6 +306,13 @@ def parse_bytes(text: str) -> int:
     if not 1 <= size <= 1 << 50:
         raise argparse.ArgumentTypeError(f"must be between 1 byte and 1 PiB, got {text!r}")
     return int(size)
+
+
+def parse_count(text: str) -> int:
+    """A positive number of devices, for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+    return int(text)
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """Picks the platform a program runs on; says in one line what is missing."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 
@@ -32,8 +33,24 @@ def add_platform_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def pick_devices(options: argparse.Namespace) -> list[Device]:
-    """The devices of the wanted platform. Raises ``ValueError`` in one line when there are none."""
+def pick_devices(options: argparse.Namespace, count: int = 1) -> list[Device]:
+    """``count`` devices of the wanted platform.
+
+    A CPU is as many devices as wanted. Raises ``ValueError`` in one line when there are none or
+    too few.
+    """
+    if count > 1:
+        _force_cpu_devices(count)
+    devices = _devices(options)
+    if len(devices) < count:
+        raise ValueError(
+            f"{count} devices are needed (--tensor-parallel times --data-parallel), "
+            f"there are {len(devices)} x {devices[0].device_kind}"
+        )
+    return devices[:count]
+
+
+def _devices(options: argparse.Namespace) -> list[Device]:
     if options.cpu or not _has_accelerator_packages():
         _limit_cpu_threads()
     if options.cpu:
@@ -54,6 +71,15 @@ def pick_devices(options: argparse.Namespace) -> list[Device]:
 def _has_accelerator_packages() -> bool:
     names = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     return any(importlib.util.find_spec(name) for name in names)
+
+
+def _force_cpu_devices(count: int) -> None:
+    """Must come before JAX looks for devices; accelerators are what they are. XLA:CPU starts at
+    least one thread a device: with more than MAX_CPU_THREADS devices its rows depend on neighbours.
+    """
+    # When devices are there already, their number is checked like an accelerator's.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _limit_cpu_threads() -> None:

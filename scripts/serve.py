@@ -13,7 +13,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.assembly import add_engine_options, load_model, run_main
+from scripts.assembly import add_engine_options, load_model, plan_model, run_main
+from scripts.explain_sharding import explain_sharding
 from scripts.phases import Phases
 from serving.served_model import ServedModel
 from serving.server import LoadInterruptedError, run_server
@@ -31,6 +32,9 @@ def serve() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     phases = Phases(STARTED)
     phases.add("import", time.perf_counter() - STARTED)
+    if options.explain_sharding:
+        print(explain_sharding(plan_model(options, phases)))
+        return
     described = ""
 
     def load() -> ServedModel:
@@ -78,6 +82,11 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         default=30.0,
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
+    )
+    group.add_argument(
+        "--explain-sharding",
+        action="store_true",
+        help="print which array lies where, and end; loads no weights",
     )
     options = parser.parse_args()
     if not 0 <= options.grace_seconds <= 86400:

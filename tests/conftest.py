@@ -1,12 +1,18 @@
 """Settings that every test shares. What is set here must be set before JAX is imported."""
 
+import multiprocessing
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA:CPU's threads, the same on every machine: see scripts/platforms.py for what hangs on them.
 os.environ.setdefault("NPROC", "2")
 
 import jax
+import pytest
 from hypothesis import settings
 
 from checkpoints.catalog import CATALOG, is_cached
@@ -25,3 +31,24 @@ def pytest_report_header() -> str:
         return f"model: {name} from the cache"
     size = CATALOG[name].num_bytes / 2**20
     return f"model: {name} is not cached; tests marked 'model' fetch it once ({size:.0f} MiB)"
+
+
+# ``many_devices(function, *args)``: the function's result, its name importable, all picklable.
+ManyDevices = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def many_devices() -> Iterator[ManyDevices]:
+    """Runs functions in a process that has eight CPU devices.
+
+    Not in this one: XLA:CPU starts at least as many threads as devices, divides sums between them,
+    and a row's bits would then depend on its batch (see scripts/platforms.py).
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_take_eight_devices) as process:
+        yield lambda function, *args: process.submit(function, *args).result()
+
+
+def _take_eight_devices() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
+    warnings.simplefilter("error")

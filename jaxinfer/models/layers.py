@@ -1,14 +1,19 @@
 """Pieces every model family is made of. Axis letters: T rows, E embed, H heads, D head dim."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.kv_cache import KV_PAGES_AXES
+from jaxinfer.sharding import named_sharding, num_tensor_devices, partition_spec
+from pallas_kernels.ragged_paged_attention import KVPages
 
 
 def parameter(
@@ -37,6 +42,59 @@ def traced_once(layer: nnx.Module, *inputs: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(graph: nnx.GraphDef[Any], parameters: dict[Any, Any], *inputs: Any) -> Any:
     return nnx.merge(graph, parameters)(*inputs)
+
+
+def split_over_kv_heads(attention: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """``attention(queries, keys, values, kv_pages, batch)``, on each device for its own kv heads.
+
+    Rows are [T, heads, D], query heads in the order of their kv heads. The partitioner finds the
+    same split of the plain XLA backend by itself; of a kernel it knows nothing and would gather
+    all pages for it, so it is not asked.
+    """
+    if mesh is None or num_tensor_devices(mesh) == 1:
+        return attention
+    heads = partition_spec((None, "kv_heads", None))
+    pages = (partition_spec(KV_PAGES_AXES),) * 2
+
+    def call(
+        queries: jax.Array, keys: jax.Array, values: jax.Array, kv_pages: KVPages, batch: Any
+    ) -> tuple[jax.Array, KVPages]:
+        leaves, structure = jax.tree.flatten(batch)
+
+        def attend(
+            queries: jax.Array, keys: jax.Array, values: jax.Array, kv_pages: KVPages, *given: Any
+        ) -> tuple[jax.Array, KVPages]:
+            rest = iter(given)
+            whole = [
+                next(rest) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves
+            ]
+            return attention(queries, keys, values, kv_pages, structure.unflatten(whole))
+
+        # XLA's partitioner crashes over an empty array given to a shard_map: a batch without
+        # chunks has some.
+        given = [leaf for leaf in leaves if leaf.size]
+        return jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, pages, *[PartitionSpec()] * len(given)),
+            out_specs=(heads, pages),
+            # Loops start from zeros, the same on every device; what they carry then is not.
+            check_vma=False,
+        )(queries, keys, values, kv_pages, *given)
+
+    return call
+
+
+def gathered(array: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+    """``array``, made in parts along its logical ``axes``, then whole on every device.
+
+    Both must be said: of a product whose result is wanted whole, the partitioner may gather the
+    weight instead, which is larger by far.
+    """
+    if mesh is None or num_tensor_devices(mesh) == 1:
+        return array
+    parts = jax.lax.with_sharding_constraint(array, named_sharding(mesh, axes))
+    return jax.lax.with_sharding_constraint(parts, named_sharding(mesh))
 
 
 def rms_norm(inputs: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

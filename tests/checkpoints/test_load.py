@@ -1,4 +1,5 @@
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from checkpoints.catalog import resolve
 from checkpoints.load import load_parameters, open_checkpoint, parameter_shapes
-from jaxinfer.config import ModelConfig
+from jaxinfer import models, sharding
+from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.sharding import make_mesh
 from tests.checkpoints import tiny_gguf
+from tests.conftest import ManyDevices
 from tests.data.random_llama import CONFIGS, draw_weights
 
 
@@ -142,6 +146,31 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         other.write_bytes(content)
         with pytest.raises(ValueError, match="unknown checkpoint format, starts with b"):
             open_checkpoint(other)
+
+
+def loaded_over(num_devices: int, name: str) -> dict[Any, np.ndarray]:
+    """Parameters of a random model by path, loaded over so many devices and read back."""
+    source = random_weights(name)
+    mesh = make_mesh(jax.devices()[:num_devices])
+    _, state = models.abstract(source.model, DtypePolicy.for_platform("cpu"), mesh)
+    abstract = sharding.abstract_parameters(state, mesh)
+    loaded = load_parameters(source, abstract, num_devices=num_devices)
+    for array, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(abstract), strict=True):
+        assert (array.shape, array.sharding) == (wanted.shape, wanted.sharding)
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(loaded)}
+
+
+@pytest.mark.parametrize(("name", "num_devices"), [("grouped_tied", 6), ("multi_head_untied", 8)])
+def test_physical_parameters_stand_for_those_of_one_device(
+    many_devices: ManyDevices, name: str, num_devices: int
+) -> None:
+    model = random_weights(name).model
+    physical = sharding.physical_model(model, num_devices)
+    one = many_devices(loaded_over, 1, name)
+    for path, array in many_devices(loaded_over, num_devices, name).items():
+        part = re.findall(r"\w+", path)[-1]
+        wanted = sharding.physical_parameter(part, one[path], model, physical)
+        np.testing.assert_array_equal(array, wanted)
 
 
 @pytest.mark.model

@@ -25,3 +25,12 @@ def test_no_more_pages_than_memory_or_use() -> None:
     assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10 * size) == 10
     assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10**12) == 28
     assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=size - 1) == 0
+
+
+def test_copies_of_kv_heads_are_counted() -> None:
+    """2 kv heads: split over 2 devices, one copy each on 2 of 4."""
+    model = tiny_model()
+    one = page_bytes(model, 16, "float32")
+    assert page_bytes(model, 16, "float32", num_devices=2) == one
+    assert page_bytes(model, 16, "float32", num_devices=4) == 2 * one
+    assert plan_num_pages(model, 16, "float32", 4, 10_000, 10 * one, num_devices=4) == 5
