@@ -24,7 +24,7 @@ from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import EngineStats, RequestOutput, Schedule, ScheduledSequence
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.sharding import abstract_parameters
+from jaxinfer.sharding import abstract_parameters, num_tensor_devices
 from jaxinfer.step import Parameters, StepResult
 
 Progress = Callable[[int, int], None]
@@ -50,7 +50,7 @@ class Engine:
         self, model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
     ) -> None:
         self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
-        self._graph, state = models.abstract(model, dtypes)
+        self._graph, state = models.abstract(model, dtypes, mesh)
         self.abstract_parameters = abstract_parameters(state, mesh)
         self._abstract_state = step_program.abstract_state(model, config, dtypes, mesh)
         self._platform = mesh.devices.flat[0].platform
@@ -70,7 +70,9 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache over all devices."""
-        size = page_bytes(self.model, self.config.page_size, self.dtypes.kv_cache)
+        size = page_bytes(
+            self.model, self.config.page_size, self.dtypes.kv_cache, num_tensor_devices(self.mesh)
+        )
         return self.config.num_pages * size
 
     @property
