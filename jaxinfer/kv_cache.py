@@ -8,6 +8,9 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.sharding import named_sharding, num_tensor_devices, physical_model
 from pallas_kernels.ragged_paged_attention import KVPages, kv_pages_shapes
 
+# EngineConfig refuses more.
+MAX_PAGES = 1 << 24
+
 # Logical axes of a layer's pages, keys and values alike: every device has all pages of its heads.
 KV_PAGES_AXES = (None, "kv_heads", None, None)
 
@@ -40,10 +43,12 @@ def plan_num_pages(
     max_model_len: int,
     memory_bytes: int,
     num_devices: int = 1,
+    prefix_cache: bool = False,
 ) -> int:
-    """Pages that fit ``memory_bytes``, but no more than all slots at full length could use.
+    """Pages that fit ``memory_bytes``; without a prefix cache no more than all slots could use.
 
     ``memory_bytes`` is that of all devices together, of which each has its share.
     """
+    fitting = memory_bytes // page_bytes(model, page_size, dtype, num_devices)
     most = max_num_seqs * -(-max_model_len // page_size)
-    return min(most, memory_bytes // page_bytes(model, page_size, dtype, num_devices))
+    return min(fitting, MAX_PAGES) if prefix_cache else min(fitting, most)

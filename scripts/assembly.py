@@ -84,13 +84,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="devices that share each layer of a model (default: %(default)s)",
     )
-    group.add_argument(
-        "--data-parallel",
-        type=parse_count,
-        default=1,
-        metavar="N",
-        help="replicas of the model, each on devices of its own (default: %(default)s)",
-    )
+    parser.set_defaults(data_parallel=1)
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -215,6 +209,25 @@ def new_engine(
     return engine
 
 
+def more_engines(loaded: LoadedModel, phases: Phases) -> tuple[Engine, ...]:
+    """The first engine and its replicas: the same parameters on the devices that are left."""
+    engines, size = [loaded.engine], loaded.engine.mesh.size
+    for first in range(size, len(loaded.devices), size):
+        mesh = make_mesh(loaded.devices[first : first + size])
+        engine = Engine(loaded.model, loaded.engine_config, loaded.dtypes, mesh)
+        name = f"replica {len(engines) + 1}"
+        with phases.phase(name, unit="programs") as progress:
+            engine.compile(progress)
+            placed = jax.tree.map(
+                lambda array, wanted: jax.device_put(array, wanted.sharding),
+                loaded.parameters,
+                engine.abstract_parameters,
+            )
+            engine.start(placed)
+        engines.append(engine)
+    return tuple(engines)
+
+
 def engine_config(
     options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh
 ) -> EngineConfig:
@@ -249,7 +262,14 @@ def engine_config(
     if memory is None:
         memory = default_kv_bytes(model, dtypes, mesh)
     num_pages = plan_num_pages(
-        model, page_size, dtypes.kv_cache, options.max_num_seqs, max_model_len, memory, num_devices
+        model,
+        page_size,
+        dtypes.kv_cache,
+        options.max_num_seqs,
+        max_model_len,
+        memory,
+        num_devices,
+        options.prefix_cache,
     )
     if num_pages * page_size < max_model_len:
         size = page_bytes(model, page_size, dtypes.kv_cache, num_devices)

@@ -13,8 +13,16 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.assembly import add_engine_options, load_model, plan_model, run_main
+from scripts.assembly import (
+    add_engine_options,
+    load_model,
+    more_engines,
+    parse_count,
+    plan_model,
+    run_main,
+)
 from scripts.explain_sharding import explain_sharding
+from scripts.memory import memory_table
 from scripts.phases import Phases
 from serving.served_model import ServedModel
 from serving.server import LoadInterruptedError, run_server
@@ -35,17 +43,21 @@ def serve() -> None:
     if options.explain_sharding:
         print(explain_sharding(plan_model(options, phases)))
         return
-    described = ""
+    described = table = ""
 
     def load() -> ServedModel:
-        nonlocal described
+        nonlocal described, table
         loaded = load_model(options, phases)
-        device = loaded.devices[0]
-        described = f"{loaded.name} on {device.device_kind} in {loaded.dtypes.weights}"
+        engines = more_engines(loaded, phases)
+        table = memory_table(loaded.engine, loaded.devices)
+        where = loaded.devices[0].device_kind
+        if len(loaded.devices) > 1:
+            where = f"{len(loaded.devices)} x {where}"
+        described = f"{loaded.name} on {where} in {loaded.dtypes.weights}"
         return ServedModel(
             name=loaded.name,
             model=loaded.model,
-            engines=(loaded.engine,),
+            engines=engines,
             engine_config=loaded.engine_config,
             dtypes=loaded.dtypes,
             tokenizer=loaded.tokenizer,
@@ -53,6 +65,7 @@ def serve() -> None:
 
     def on_ready(port: int) -> None:
         phases.print_table()
+        print(table, end="\n\n", file=sys.stderr)
         print(f"SERVING {described} at {options.host}:{port}", flush=True)
 
     try:
@@ -73,6 +86,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve a model over gRPC.")
     add_engine_options(parser)
     group = parser.add_argument_group("server")
+    group.add_argument(
+        "--data-parallel",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="replicas of the model, each on devices of its own (default: %(default)s)",
+    )
     group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     group.add_argument(
         "--port", type=int, default=50051, help="port, 0 for any free one (default: %(default)s)"

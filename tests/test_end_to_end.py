@@ -94,19 +94,19 @@ def test_choices_stop_strings_and_logprobs(
 ) -> None:
     options: GenerateOptions = {"max_tokens": 40, "temperature": 1.0, "seed": 5, "ignore_eos": True}
     with Client(server[1]) as client:
-        whole = client.complete_choices(prompt_of(1), n=4, **options)
+        whole = client.complete_choices(prompt_of(1), **options | {"n": 4})
         assert len({completion.token_ids for completion in whole}) == 4
         assert whole[0].token_ids == client.complete(prompt_of(1), **options).token_ids
         # The end of the text stays where it was, and nothing of the stop string gets out.
         text = whole[0].text
         stop = text[len(text) // 2 : len(text) // 2 + 7]
         before = text[: text.index(stop)]
-        cut = client.complete(prompt_of(1), stop=["never this", stop], **options)
+        cut = client.complete(prompt_of(1), **options | {"stop": ["never this", stop]})
         assert (cut.text, cut.finished.reason) == (before, "stop")
         assert cut.finished.stop_string == stop
         assert cut.token_ids == whole[0].token_ids[: len(cut.token_ids)]
 
-        scored = client.complete(prompt_of(1), logprobs=3, prompt_logprobs=1, **options)
+        scored = client.complete(prompt_of(1), **options | {"logprobs": 3, "prompt_logprobs": 1})
         assert scored.token_ids == whole[0].token_ids
         assert len(scored.started.prompt_logprobs) == len(prompt_of(1))
         load = client.load()

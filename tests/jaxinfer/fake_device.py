@@ -66,8 +66,9 @@ class FakeDevice:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        nothing: tuple[int, ...] = ()
-        self.pages = [[nothing] * config.page_size for _ in range(config.num_pages)]
+        self.pages: list[list[tuple[int, ...]]] = [
+            [()] * config.page_size for _ in range(config.num_pages)
+        ]
         self.salts: list[str | None] = [None] * config.num_pages
         self.slots = [Slot() for _ in range(config.max_num_seqs)]
         self.num_steps = 0

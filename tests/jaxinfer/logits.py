@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer import models, step
-from jaxinfer.batch import BatchShape, pack, unpack
+from jaxinfer.batch import BatchShape, Packer, unpack
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import make_mesh
 from tests.jaxinfer.tiny import CPU_DTYPES
@@ -32,15 +32,17 @@ def prompt_logits(
     for start in range(0, len(token_ids), size):
         tokens = tuple(token_ids[start : start + size])
         chunk = ScheduledSequence(
-            request_id="a",
+            request=Request("a", tokens, max_tokens=1),
+            choice=0,
             slot=0,
+            admission=0,
             start=start,
-            token_ids=tokens,
+            num_tokens=len(tokens),
             page_ids=tuple(range(config.max_pages_per_sequence)),
             samples=False,
-            sampling=SamplingParams(),
+            token_ids=tokens,
         )
-        packed, _ = pack(Schedule(chunks=(chunk,)), shape, config)
+        packed, _ = Packer(config).pack(Schedule(chunks=(chunk,)), shape)
         state, rows = program(parameters, state, packed)
         logits.append(np.asarray(rows)[: len(tokens)])
     return np.concatenate(logits)

@@ -25,6 +25,10 @@ def test_no_more_pages_than_memory_or_use() -> None:
     assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10 * size) == 10
     assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10**12) == 28
     assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=size - 1) == 0
+    # A prefix cache makes use of all there is.
+    plan |= {"max_num_seqs": 4, "max_model_len": 100, "prefix_cache": True}
+    assert plan_num_pages(**plan, memory_bytes=1000 * size) == 1000
+    assert plan_num_pages(**plan, memory_bytes=1 << 60) == 1 << 24
 
 
 def test_copies_of_kv_heads_are_counted() -> None:

@@ -38,7 +38,7 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 def tiny_config(**changes: Any) -> EngineConfig:
     """Room for 8 sequences of 128 tokens, steps of at most 4 tiles of 16 rows."""
-    values = {
+    values: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "max_model_len": 128,
