@@ -5,7 +5,7 @@ It knows tokens and page ids; who holds a page, and when it is given away, is th
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from jaxinfer.sequence import Sequence
 
@@ -23,7 +23,8 @@ class PrefixCache:
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._page_of_digest: dict[bytes, int] = {}
-        self._content_of_page: dict[int, tuple[bytes, list[int]]] = {}
+        # Digest and tokens as bytes, which the garbage collector need not walk through.
+        self._content_of_page: dict[int, tuple[bytes, bytes]] = {}
 
     def __contains__(self, page_id: int) -> bool:
         """Whether a page can be found."""
@@ -34,12 +35,10 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> list[int]:
         """The pages that hold the sequence's first tokens, all but its last one at most."""
-        page_ids = []
-        for number in range((sequence.num_tokens - 1) // self._page_size):
-            page_id = self._page_of_digest.get(self._digest(sequence, number))
-            if page_id is None:
-                break
-            if self._content_of_page[page_id][1] != self._tokens(sequence, number):
+        page_ids: list[int] = []
+        for digest, tokens in self._contents(sequence, 0, sequence.num_tokens - 1):
+            page_id = self._page_of_digest.get(digest)
+            if page_id is None or self._content_of_page[page_id][1] != tokens:
                 break
             page_ids.append(page_id)
         return page_ids
@@ -49,14 +48,15 @@ class PrefixCache:
 
         Their tokens must be known, and calls that compute them scheduled.
         """
-        num_pages = num_tokens // self._page_size
-        for number in range(sequence.num_registered_pages, num_pages):
-            digest = self._digest(sequence, number)
-            if digest not in self._page_of_digest:
-                page_id = sequence.page_ids[number]
-                self._page_of_digest[digest] = page_id
-                self._content_of_page[page_id] = digest, self._tokens(sequence, number)
-        sequence.num_registered_pages = max(sequence.num_registered_pages, num_pages)
+        first, num_pages = sequence.num_registered_pages, num_tokens // self._page_size
+        if num_pages <= first:
+            return
+        contents = self._contents(sequence, first, num_tokens)
+        for page_id, content in zip(sequence.page_ids[first:num_pages], contents, strict=True):
+            if content[0] not in self._page_of_digest:
+                self._page_of_digest[content[0]] = page_id
+                self._content_of_page[page_id] = content
+        sequence.num_registered_pages = num_pages
 
     def forget(self, page_ids: Iterable[int]) -> None:
         """Pages that are about to be overwritten, findable or not."""
@@ -70,17 +70,22 @@ class PrefixCache:
         pages = {content[0]: page_id for page_id, content in self._content_of_page.items()}
         assert pages == self._page_of_digest
 
-    def _tokens(self, sequence: Sequence, number: int) -> list[int]:
-        return sequence.token_ids[number * self._page_size : (number + 1) * self._page_size]
+    def _contents(
+        self, sequence: Sequence, first: int, num_tokens: int
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """(digest, tokens as bytes) of each full page from page ``first`` up to ``num_tokens``.
 
-    def _digest(self, sequence: Sequence, number: int) -> bytes:
-        """Computed once for each page of a sequence: tokens never change, they only get more."""
-        digests = sequence.digests
-        while len(digests) <= number:
-            parent = digests[-1] if digests else _sha256(sequence.salt.encode())
-            tokens = self._tokens(sequence, len(digests))
-            digests.append(_sha256(parent + array("i", tokens).tobytes()))
-        return digests[number]
+        Digests are kept on the sequence: its tokens never change, there are only more of them.
+        """
+        digests, page_size = sequence.digests, self._page_size
+        tokens = array("i", sequence.token_ids[first * page_size : num_tokens]).tobytes()
+        size = page_size * array("i").itemsize
+        for number in range(num_tokens // page_size - first):
+            page_tokens = tokens[number * size : (number + 1) * size]
+            if first + number == len(digests):
+                parent = digests[-1] if digests else _sha256(sequence.salt.encode())
+                digests.append(_sha256(parent + page_tokens))
+            yield digests[first + number], page_tokens
 
 
 def _sha256(data: bytes) -> bytes:

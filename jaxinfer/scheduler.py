@@ -59,7 +59,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.page_pool = PagePool(config.num_pages, config.page_size)
-        self._prefix_cache = PrefixCache(config.page_size)
+        self.prefix_cache = PrefixCache(config.page_size)
         # request id -> its choices that live.
         self._live: dict[str, dict[int, Sequence]] = {}
         # Both sorted by rank; a sequence that lives is in one of them, or held back.
@@ -191,7 +191,7 @@ class Scheduler:
         """Asserts what must hold between any two calls. For tests and idle times."""
         live = [s for choices in self._live.values() for s in choices.values()]
         self.page_pool.check_integrity(s.page_ids for s in live)
-        self._prefix_cache.check_integrity()
+        self.prefix_cache.check_integrity()
         held_back = [s for choices in self._held_back.values() for s in choices]
         queued = self._waiting + self._running + held_back
         assert len(queued) == len(live)
@@ -240,7 +240,7 @@ class Scheduler:
                 return True
             page_ids = self.page_pool.allocate(num_pages)
             if page_ids is not None:
-                self._prefix_cache.forget(page_ids)
+                self.prefix_cache.forget(page_ids)
                 sequence.page_ids.extend(page_ids)
                 return True
             self._preempt(self._running[-1])
@@ -257,7 +257,7 @@ class Scheduler:
             return None
         sequence = self._waiting[0]
         # What the cache has is not computed, so nothing is known of its tokens' probabilities.
-        found = [] if sequence.wants_prompt_logprobs else self._prefix_cache.find(sequence)
+        found = [] if sequence.wants_prompt_logprobs else self.prefix_cache.find(sequence)
         num_missing = self.page_pool.num_pages_for(sequence.num_tokens + 1) - len(found)
         if num_missing > self.page_pool.num_free - self.page_pool.num_kept_among(found):
             return None
@@ -286,7 +286,7 @@ class Scheduler:
 
     def _register(self, sequence: Sequence, *, has_ended: bool = False) -> None:
         known = sequence.num_tokens - has_ended
-        self._prefix_cache.register(sequence, min(known, sequence.num_computed_tokens))
+        self.prefix_cache.register(sequence, min(known, sequence.num_computed_tokens))
 
     def _release(self, sequence: Sequence) -> None:
         """Lets the other choices wait once the first one has computed its prompt, or has left."""
@@ -347,7 +347,7 @@ class Scheduler:
         index = bisect_left(queue, sequence.rank, key=_rank)
         assert queue[index] is sequence
         del queue[index]
-        self.page_pool.free(sequence.page_ids, keep=self._prefix_cache)
+        self.page_pool.free(sequence.page_ids, keep=self.prefix_cache)
         sequence.page_ids = []
         sequence.num_computed_tokens = sequence.num_in_flight_tokens = 0
         sequence.num_registered_pages = 0

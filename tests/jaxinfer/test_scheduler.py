@@ -341,7 +341,7 @@ def test_the_least_recently_freed_pages_are_given_away_first() -> None:
 
     def num_found(prompt: tuple[int, ...]) -> int:
         sequence = Sequence(Request("", prompt, 1), 0, (0.0, 0, 0), "shared:")
-        return len(scheduler._prefix_cache.find(sequence))
+        return len(scheduler.prefix_cache.find(sequence))
 
     prompts = {name: (1 + i,) * 20 for i, name in enumerate("abc")}
     for name, prompt in prompts.items():
