@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from scripts.assembly import LoadedModel, new_engine
+from scripts.bench_scheduler import scheduler_times
 from scripts.measuring import describe, measure, random_prompts, requests_of
 from serving.tokenizer import Detokenizer
 
@@ -49,7 +50,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             "step_ms": round(1e3 * measured.seconds / num_steps, 4),
             "tokens_per_second": round(measured.num_output_tokens / measured.seconds, 2),
         }
-    return figures
+    return figures | {"scheduler": [scheduler_times(num_running) for num_running in (16, 64)]}
 
 
 def detokenize_ms(loaded: LoadedModel, token_ids: dict[str, list[int]]) -> float:

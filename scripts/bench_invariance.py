@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.batch import batch_shapes
 from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
 from scripts.assembly import LoadedModel, new_engine
@@ -101,10 +102,14 @@ def arrangements(
     backwards = [dataclasses.replace(r, priority=int(r.request_id) % 5) for r in requests[::-1]]
 
     def engine(**changes: Any) -> Engine:
-        return new_engine(loaded, **(sizes | changes))
+        config = dataclasses.replace(loaded.engine_config, **(sizes | changes))
+        # Few programs, of every kind: small and large batches, with and without chunks.
+        shapes = batch_shapes(config)
+        few = [shape for shape in shapes if shape.num_tiles in (0, 1, shapes[-1].num_tiles)]
+        return new_engine(loaded, few, **(sizes | changes))
 
     yield "alone, no prefix cache", engine(prefix_cache=False), singles
-    together = engine()
+    together = engine(num_pages=loaded.engine_config.num_pages)
     yield "all at once", together, [requests]
     yield "again, from the prefix cache", together, [requests]
     del together
@@ -118,7 +123,9 @@ def cost(loaded: LoadedModel) -> dict[str, Any]:
     """Speed with the promise and without it, both in this run."""
     speeds: dict[str, list[float]] = {}
     for batch_invariant in (True, False):
-        engine = new_engine(loaded, batch_invariant=batch_invariant, prefix_cache=False)
+        shapes = loaded.engine.shapes
+        few = [shape for shape in shapes if shape.num_tiles in (0, shapes[-1].num_tiles)]
+        engine = new_engine(loaded, few, batch_invariant=batch_invariant, prefix_cache=False)
         for size in (1, loaded.engine_config.max_num_seqs):
             prompts = random_prompts(loaded.model.vocab_size, [64] * size)
             requests = [Request(str(i), p, 33, ignore_eos=True) for i, p in enumerate(prompts)]

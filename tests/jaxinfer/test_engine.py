@@ -55,11 +55,17 @@ def test_a_batch_equals_solo_runs() -> None:
 
 
 def test_preemption_does_not_change_outputs() -> None:
-    """Pages for about one and a half of sixteen sequences."""
-    engine = make_engine(tiny_config(num_pages=20, max_model_len=128))
-    assert run_all(engine, mixed_requests()) == solo_outputs()
+    """All requests at once want more than ten times the pages there are."""
+    engine = make_engine(tiny_config(num_pages=16))
+    again = [dataclasses.replace(r, request_id=f"{r.request_id}+") for r in mixed_requests()]
+    requests = mixed_requests() + again
+    lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
+    assert sum(-(-length // 8) for length in lengths) >= 10 * 16
+    outputs = run_all(engine, requests)
+    assert {name.rstrip("+"): tokens for name, tokens in outputs.items()} == solo_outputs()
+    assert all(outputs[f"{name}+"] == tokens for name, tokens in solo_outputs().items())
     assert engine.stats.num_preemptions > 0
-    assert engine.stats.num_free_pages == 20
+    assert engine.stats.num_free_pages == 16
     assert engine.stats.num_cached_pages > 0
 
 
