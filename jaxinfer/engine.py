@@ -60,12 +60,10 @@ class Engine:
         self._scheduler = Scheduler(config)
         self._packer = Packer(config)
         self._in_flight: deque[_Call] = deque()
-        # Of requests that live: when they were added, and how long each choice waited.
-        self._added_times: dict[str, float] = {}
-        self._queue_seconds: dict[tuple[str, int], float] = {}
         self._parameters: Parameters | None = None
         self._state: step_program.StepState | None = None
         self._host_seconds: defaultdict[str, float] = defaultdict(float)
+        self._host_cpu_seconds: defaultdict[str, float] = defaultdict(float)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -111,6 +109,14 @@ class Engine:
         ``schedule``, ``pack``, ``dispatch``, ``wait`` (for the device), ``convert``, ``update``.
         """
         return dict(self._host_seconds)
+
+    @property
+    def host_cpu_seconds(self) -> dict[str, float]:
+        """The same in seconds that the engine's thread had a processor.
+
+        Where the device is the processor, its threads take it from the host's in the meantime.
+        """
+        return dict(self._host_cpu_seconds)
 
     def compile(
         self, progress: Progress | None = None, shapes: Sequence[BatchShape] | None = None
@@ -158,14 +164,11 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
         request.check_fits(self.model.vocab_size, self.config.max_model_len)
-        now = time.monotonic()
-        self._scheduler.add(request, now)
-        self._added_times[request.request_id] = now
+        self._scheduler.add(request, time.monotonic())
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """Forgets a request, or one choice of it, and frees its pages; unknown ids are ignored."""
-        for output in self._scheduler.abort(request_id, choice):
-            self._forget(output)
+        self._scheduler.abort(request_id, choice)
 
     def step(self) -> list[RequestOutput]:
         """Sends the next step to the device and reads the one before; what that one yielded.
@@ -173,7 +176,7 @@ class Engine:
         [] is no sign of the end: see ``has_unfinished``.
         """
         with self._timed("schedule"):
-            schedule = self._scheduler.schedule()
+            schedule = self._scheduler.schedule(time.monotonic())
         if schedule:
             self._in_flight.append(self._dispatch(schedule))
             if len(self._in_flight) <= self.config.steps_ahead:
@@ -184,11 +187,8 @@ class Engine:
 
     def _dispatch(self, schedule: Schedule) -> _Call:
         """Sends a step to the device."""
-        now = time.monotonic()
         for chunk in schedule.chunks:
             if chunk.is_first:
-                waited = now - self._added_times[chunk.request_id]
-                self._queue_seconds.setdefault((chunk.request_id, chunk.choice), waited)
                 self._fill_slot(chunk)
         with self._timed("pack"):
             shape = fitting_shape(tuple(self._programs), schedule, self.config.chunk_tile)
@@ -206,8 +206,7 @@ class Engine:
         with self._timed("convert"):
             output = read_result(call.schedule, call.result, call.rows)
         with self._timed("update"):
-            outputs = self._scheduler.update(call.schedule, output)
-            return [self._with_queue_time(output) for output in outputs]
+            return self._scheduler.update(call.schedule, output)
 
     def _fill_slot(self, chunk: ScheduledSequence) -> None:
         """Gives the device what a new sequence's chunks do not bring, where something needs it."""
@@ -230,23 +229,13 @@ class Engine:
             self._state, np.int32(chunk.slot), tokens, np.int32(len(known)), bias_ids, bias_values
         )
 
-    def _with_queue_time(self, output: RequestOutput) -> RequestOutput:
-        queue_seconds = self._queue_seconds[output.request_id, output.choice]
-        if output.finish_reason:
-            self._forget(output)
-        return dataclasses.replace(output, queue_seconds=queue_seconds)
-
-    def _forget(self, output: RequestOutput) -> None:
-        self._queue_seconds.pop((output.request_id, output.choice), None)
-        if not self._scheduler.is_live(output.request_id):
-            self._added_times.pop(output.request_id, None)
-
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
+            self._host_cpu_seconds[name] += time.thread_time() - cpu_begun
             self._host_seconds[name] += time.perf_counter() - begun
 
     def _lower(self, shape: BatchShape | None) -> Any:

@@ -26,7 +26,10 @@ def read_result(schedule: Schedule, result: StepResult, rows: list[int]) -> Step
     for sequence, row in zip(chain(schedule.decodes, schedule.chunks), rows, strict=True):
         token_ids = ()
         if sequence.samples:
-            token_ids = tuple(token for token in columns[row] if token != NO_TOKEN)
+            column = columns[row]
+            # Where a row ends, the rest of its column is empty.
+            end = column.index(NO_TOKEN) if NO_TOKEN in column else len(column)
+            token_ids = tuple(column[:end])
         wanted = sequence.request.logprobs
         entries = ()
         if logprobs is not None and wanted is not None and token_ids:

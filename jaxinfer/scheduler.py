@@ -114,7 +114,13 @@ class Scheduler:
         # Without a common cache each request has a domain of its own, which its choices share.
         domain = "shared" if self.config.prefix_cache else f"request {arrival}"
         first, *others = (
-            Sequence(request, choice, (seconds, arrival, choice), f"{domain}:{request.cache_salt}")
+            Sequence(
+                request,
+                choice,
+                rank=(seconds, arrival, choice),
+                salt=f"{domain}:{request.cache_salt}",
+                arrival_seconds=arrival_seconds,
+            )
             for choice in range(request.n)
         )
         self._live[request.request_id] = {s.choice: s for s in (first, *others)}
@@ -133,8 +139,11 @@ class Scheduler:
             self._end(sequence)
         return [sequence.output(SequenceOutput(), FinishReason.ABORT) for sequence in ended]
 
-    def schedule(self) -> Schedule:
-        """Plans the next call and takes pages for the positions it computes."""
+    def schedule(self, now: float | None = None) -> Schedule:
+        """Plans the next call and takes pages for the positions it computes.
+
+        ``now``, on the clock of ``arrival_seconds``, is for telling how long requests waited.
+        """
         self._note_last_chunks()
         prefilling = deque(s for s in self._running if s.is_prefilling)
         # Whoever has all its tokens in flight only waits for them to be read.
@@ -147,7 +156,7 @@ class Scheduler:
         ]
         chunks: dict[Sequence, int] = {}
         while num_tiles:
-            sequence = prefilling.popleft() if prefilling else self._admit()
+            sequence = prefilling.popleft() if prefilling else self._admit(now)
             if sequence is None:
                 break
             num_new_tokens = self._chunk_len(sequence, num_tiles)
@@ -246,7 +255,7 @@ class Scheduler:
             self._preempt(self._running[-1])
         return False
 
-    def _admit(self) -> Sequence | None:
+    def _admit(self, now: float | None) -> Sequence | None:
         """Gives the first waiting sequence a slot, if all its tokens and one more would fit.
 
         No running sequence still needs pages for its prompt then: a chunk that leaves some of it
@@ -269,6 +278,8 @@ class Scheduler:
         self._num_cached_tokens += sequence.num_computed_tokens
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed_tokens
+            if now is not None:
+                sequence.queue_seconds = now - sequence.arrival_seconds
         sequence.slot = self._free_slots.pop()
         sequence.admission = next(self._admissions)
         sequence.num_prefill_tokens = sequence.num_tokens

@@ -27,6 +27,8 @@ class Sequence:
     sequences, and is ``None`` otherwise. ``num_prefill_tokens`` is what was known then: these
     tokens come as chunks, later ones were sampled on the device since and stand in its token table.
 
+    ``queue_seconds`` is how long it waited for its first admission.
+
     ``salt`` is the domain of the prefix cache; ``digests[i]`` identifies the tokens up to the end
     of page i, and the first ``num_registered_pages`` of ``page_ids`` need not be registered again.
     """
@@ -35,6 +37,8 @@ class Sequence:
     choice: int
     rank: tuple[float, int, int]
     salt: str
+    arrival_seconds: float = 0.0
+    queue_seconds: float | None = None
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
@@ -141,4 +145,5 @@ class Sequence:
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             num_preemptions=self.num_preemptions,
+            queue_seconds=self.queue_seconds,
         )

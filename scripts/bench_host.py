@@ -33,20 +33,24 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         lengths = [32] * loaded.engine_config.max_num_seqs
         prompts = random_prompts(loaded.model.vocab_size, lengths)
         measure(engine, requests_of(prompts, 4))
-        before = engine.host_seconds
+        before, cpu_before = engine.host_seconds, engine.host_cpu_seconds
         # The prompts are found in the prefix cache, so that nearly all steps are decodes.
         measured = measure(engine, requests_of(prompts, options.num_steps), name)
-        after = engine.host_seconds
+        after, cpu_after = engine.host_seconds, engine.host_cpu_seconds
         num_steps = after["read"] - before["read"]
         figures[name] = {
             f"{phase}_ms": round(1e3 * (after[phase] - before[phase]) / num_steps, 4)
             for phase in (*PHASES, "wait")
         }
         host = sum(figures[name][f"{phase}_ms"] for phase in PHASES)
+        cpu = sum(cpu_after[phase] - cpu_before[phase] for phase in PHASES)
+        dispatch = cpu_after["dispatch"] - cpu_before["dispatch"]
         detokenize = detokenize_ms(loaded, measured.token_ids)
         figures[name] |= {
             "detokenize_ms": detokenize,
             "host_ms": round(host + detokenize, 4),
+            "host_cpu_ms": round(1e3 * cpu / num_steps + detokenize, 4),
+            "dispatch_cpu_ms": round(1e3 * dispatch / num_steps, 4),
             "step_ms": round(1e3 * measured.seconds / num_steps, 4),
             "tokens_per_second": round(measured.num_output_tokens / measured.seconds, 2),
         }

@@ -95,7 +95,7 @@ def arrangements(
     loaded: LoadedModel, requests: list[Request], longest: int
 ) -> Iterator[tuple[str, Engine, list[list[Request]]]]:
     """(name, engine, batches that are run one after the other); the first is each one alone."""
-    sizes: dict[str, Any] = {"max_model_len": longest, "max_num_seqs": 16}
+    sizes: dict[str, Any] = {"max_model_len": longest}
     sizes["max_num_batched_tokens"] = 256
     page_size = loaded.engine_config.page_size
     singles = [[request] for request in requests]

@@ -18,6 +18,8 @@ def explain(model: str, *arguments: str) -> str:
     """The table for flags, in a process with eight devices."""
     parser = argparse.ArgumentParser()
     assembly.add_engine_options(parser)
+    parser.add_argument("--data-parallel", type=assembly.parse_count)
+    parser.set_defaults(data_parallel=1)
     options = parser.parse_args([*SIZES, "--model", model, *arguments])
     with contextlib.redirect_stderr(io.StringIO()):
         return explain_sharding(assembly.plan_model(options, Phases(0.0)))
@@ -33,7 +35,7 @@ def test_one_device(run: Run) -> None:
     result = run("serve", "--explain-sharding")
     assert result.error == ""
     assert result.stdout.endswith("2 kv heads over 1 devices: 2 each\n")
-    assert "total: 0.37 MiB on each of 1 device(s)" in result.stdout
+    assert "total: 1.24 MiB on each of 1 device(s)" in result.stdout
 
 
 def test_eight_devices(many_devices: ManyDevices, model_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_eight_devices(many_devices: ManyDevices, model_path: Path) -> None:
     ]
     assert cells(table, "lm_head")[:2] == ["64x12", "64x16"]
     assert cells(table, "norm")[-3:] == ["(embed)", "(-)", "256"]
-    assert cells(table, "kv_pages.0-1.keys x2")[:2] == ["16x2x16x16", "16x8x16x16"]
+    assert cells(table, "kv_pages.0-1.keys x2")[:2] == ["32x2x16x16", "32x8x16x16"]
     assert table.endswith("2 kv heads replicated 4 times, 4 query heads padded to 8")
 
 
