@@ -86,9 +86,7 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """
     most = -(-config.max_num_seqs // 8) * 8
     decodes = [8] if most == 8 else [8, most]
-    max_tiles = config.max_num_batched_tokens // config.chunk_tile
-    tiles = sorted({0, 1, max(1, max_tiles // 4), max_tiles})
-    return tuple(BatchShape(rows, count) for rows in decodes for count in tiles)
+    return tuple(BatchShape(rows, count) for rows in decodes for count in (0, *config.tile_counts))
 
 
 def fitting_shape(

@@ -171,6 +171,12 @@ class EngineConfig:
             )
 
     @property
+    def tile_counts(self) -> tuple[int, ...]:
+        """How many chunk tiles a compiled step may have, smallest first; 0 besides."""
+        most = self.max_num_batched_tokens // self.chunk_tile
+        return tuple(sorted({1, max(1, most // 4), most}))
+
+    @property
     def max_pages_per_sequence(self) -> int:
         """P: width of the page table."""
         return -(-self.max_model_len // self.page_size)

@@ -6,7 +6,8 @@ decode phase, only one subtraction: ``num_tokens - num_computed_tokens``.
 
 from bisect import bisect_left, insort
 from collections import deque
-from itertools import chain, count
+from collections.abc import Iterable
+from itertools import chain, count, islice
 from operator import attrgetter
 
 from jaxinfer.config import EngineConfig
@@ -149,7 +150,7 @@ class Scheduler:
         # Whoever has all its tokens in flight only waits for them to be read.
         decoding = [s for s in self._running if not s.is_prefilling and s.num_remaining_tokens > 0]
         num_steps = 1 if prefilling else self._num_steps(decoding)
-        num_tiles = self.config.max_num_batched_tokens // self.config.chunk_tile
+        num_tiles = self._num_tiles(prefilling)
 
         decodes = [
             s for s in decoding if self._make_room(s, min(num_steps, s.num_remaining_tokens))
@@ -232,6 +233,18 @@ class Scheduler:
             self._num_missing_pages(s, min(num_steps, s.num_remaining_tokens)) for s in decoding
         )
         return num_steps if num_pages <= self.page_pool.num_free else 1
+
+    def _num_tiles(self, prefilling: Iterable[Sequence]) -> int:
+        """As many tiles as are wanted, but rather fewer than a step that is mostly padding."""
+        tile, counts = self.config.chunk_tile, self.config.tile_counts
+        wanted = 0
+        for s in chain(prefilling, islice(self._waiting, len(self._free_slots))):
+            wanted += -(-(s.num_tokens - s.num_computed_tokens) // tile)
+            if wanted >= counts[-1]:
+                return counts[-1]
+        padded = min(count for count in counts if count >= wanted)
+        fewer = max((count for count in counts if count < wanted), default=padded)
+        return padded if 2 * wanted >= padded else fewer
 
     def _chunk_len(self, sequence: Sequence, num_tiles: int) -> int:
         num_new_tokens = sequence.num_prefill_tokens - sequence.num_computed_tokens

@@ -4,11 +4,32 @@ import argparse
 import time
 from typing import Any
 
+from jaxinfer.engine import Engine
+from jaxinfer.request import SamplingParams
 from scripts.assembly import LoadedModel, new_engine
 from scripts.bench_scheduler import scheduler_times
 from scripts.measuring import describe, measure, random_prompts, requests_of
 from serving.tokenizer import Detokenizer
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"sampling": SamplingParams(temperature=1.0)},
+    "all features": {
+        "sampling": SamplingParams(
+            temperature=1.0,
+            top_k=50,
+            top_p=0.9,
+            min_p=0.01,
+            repetition_penalty=1.1,
+            presence_penalty=0.1,
+            frequency_penalty=0.1,
+            logit_bias=((5, 1.0), (6, -1.0)),
+        ),
+        "min_tokens": 24,
+        "stop_token_ids": (0,),
+        "logprobs": 20,
+    },
+}
 PHASES = ("schedule", "pack", "dispatch", "convert", "update")
 
 
@@ -54,7 +75,22 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             "step_ms": round(1e3 * measured.seconds / num_steps, 4),
             "tokens_per_second": round(measured.num_output_tokens / measured.seconds, 2),
         }
+        if steps_ahead:
+            figures["decode_step_ms"] = feature_times(loaded, engine)
+        del engine
     return figures | {"scheduler": [scheduler_times(num_running) for num_running in (16, 64)]}
+
+
+def feature_times(loaded: LoadedModel, engine: Engine) -> dict[str, float]:
+    """Milliseconds of a decode step, all slots in use, by what the requests ask for."""
+    prompts = random_prompts(loaded.model.vocab_size, [32] * engine.config.max_num_seqs)
+    times: dict[str, list[float]] = {name: [] for name in FEATURES}
+    for _ in range(3):  # in turns, so that a drift of the machine meets all
+        for name, fields in FEATURES.items():
+            measured = measure(engine, requests_of(prompts, 24, **fields))
+            num_steps = measured.decode_tokens / len(prompts)
+            times[name].append(1e3 * measured.decode_seconds / num_steps)
+    return {name: round(sorted(values)[1], 3) for name, values in times.items()}
 
 
 def detokenize_ms(loaded: LoadedModel, token_ids: dict[str, list[int]]) -> float:

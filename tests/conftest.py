@@ -24,6 +24,14 @@ settings.register_profile("deterministic", derandomize=True, deadline=None, data
 settings.load_profile("deterministic")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs that several tests want are compiled once, and the next run finds them."""
+    assert config.cache is not None
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def pytest_report_header() -> str:
     """Says beforehand when tests will fetch the default model."""
     name = "smollm2-135m-instruct"

@@ -100,6 +100,21 @@ def test_chunks_and_decodes_share_a_step_and_chunks_take_whole_tiles() -> None:
     assert [(c.request_id, len(c.token_ids)) for c in schedule.chunks] == [("c", 12), ("d", 1)]
 
 
+def test_a_step_is_not_mostly_padding() -> None:
+    """Steps of 1, 2 and 8 tiles are compiled: 3 are brought as 2 and 1, 4 in one that holds 8."""
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64, chunk_tile=8)
+    assert config.tile_counts == (1, 2, 8)
+    for prompt_len, sizes in ((24, [16, 8]), (32, [32]), (9, [9]), (70, [64, 6])):
+        scheduler, device = Scheduler(config), FakeDevice(config)
+        scheduler.add(make_request("a", prompt_len, 1))
+        brought = []
+        while scheduler.has_unfinished:
+            schedule = scheduler.schedule()
+            brought += [chunk.num_tokens for chunk in schedule.chunks]
+            scheduler.update(schedule, device.run(schedule))
+        assert brought == sizes
+
+
 def test_preempted_sequences_come_back_and_their_output_is_unaffected() -> None:
     scheduler, device = Scheduler(TIGHT), FakeDevice(TIGHT)
     requests = [make_request("x" * i, 5 + i % 3, 17 - i % 3, ignore_eos=True) for i in range(1, 9)]
