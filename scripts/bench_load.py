@@ -38,11 +38,10 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """One engine, twice as many requests as run at once, for each number."""
     points = []
     for size in options.concurrency:
-        tiles = loaded.engine_config.max_num_batched_tokens // loaded.engine_config.chunk_tile
         rows = -(-size // 8) * 8
         engine = new_engine(
             loaded,
-            [BatchShape(rows, 0), BatchShape(rows, 1), BatchShape(rows, tiles)],
+            [BatchShape(rows, tiles) for tiles in (0, *loaded.engine_config.tile_counts)],
             max_num_seqs=size,
             prefix_cache=False,
         )
