@@ -95,7 +95,8 @@ class Scheduler:
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._num_preemptions,
             num_cached_tokens=self._num_cached_tokens,
-            num_cached_pages=self.page_pool.num_kept,
+            # Without a common cache nobody else's prompt can find them.
+            num_cached_pages=self.page_pool.num_kept if self.config.prefix_cache else 0,
         )
 
     def is_live(self, request_id: str) -> bool:
