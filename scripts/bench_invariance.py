@@ -17,6 +17,9 @@ from scripts.measuring import Measured, describe, measure, random_prompts
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its flags."""
     parser.add_argument("--num-prompts", type=int, default=200, help="default: %(default)s")
+    parser.add_argument(
+        "--no-cost", dest="cost", action="store_false", help="do not measure what the promise costs"
+    )
     parser.add_argument("--output-len", type=int, default=16, help="tokens (default: %(default)s)")
 
 
@@ -50,7 +53,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         }
         del engine
     figures = describe(loaded) | {"arrangements": results}
-    return figures | {"cost": cost(loaded)}
+    return figures | {"cost": cost(loaded) if options.cost else {}}
 
 
 def table(figures: dict[str, Any]) -> str:
