@@ -29,7 +29,7 @@ LIMITS: dict[str, Limit] = {
     "top_k": Limit(0, 1 << 20),
     "top_p": Limit(0.0, 1.0, above=True),
     "min_p": Limit(0.0, 1.0),
-    "repetition_penalty": Limit(0.0, 100.0, above=True),
+    "repetition_penalty": Limit(0.001, 100.0),
     "presence_penalty": Limit(-2.0, 2.0),
     "frequency_penalty": Limit(-2.0, 2.0),
     "logit_bias": Limit(-100.0, 100.0),

@@ -121,7 +121,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache",
         dest="prefix_cache",
         action="store_false",
-        help="compute every prompt anew",
+        help="share no pages between requests; choices of one request still do",
     )
     group.add_argument(
         "--no-batch-invariance",
@@ -260,7 +260,9 @@ def engine_config(
     )
     memory = options.kv_memory
     if memory is None:
-        memory = default_kv_bytes(model, dtypes, mesh)
+        memory = default_kv_bytes(model, dtypes, mesh, options.data_parallel)
+    else:
+        check_kv_bytes(memory, mesh, options.data_parallel)
     num_pages = plan_num_pages(
         model,
         page_size,
@@ -282,8 +284,24 @@ def engine_config(
     return dataclasses.replace(config, num_pages=num_pages)
 
 
-def default_kv_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
-    """Memory on all devices for the KV cache when the user names none.
+def check_kv_bytes(memory: int, mesh: Mesh, num_replicas: int) -> None:
+    """Raises ``ValueError`` when ``memory`` a replica is more than its devices have free."""
+    free = free_bytes(mesh.devices.flat[0])
+    if free is None:
+        return
+    # CPU devices, those of all replicas, share the host's memory.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    wanted = memory * num_replicas if is_cpu else memory
+    free = free if is_cpu else free * num_tensor_devices(mesh)
+    if wanted > free:
+        raise ValueError(
+            f"--kv-memory asks for {wanted / 2**20:.0f} MiB, of which {free / 2**20:.0f} MiB are "
+            f"free: lower it"
+        )
+
+
+def default_kv_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh, num_replicas: int) -> int:
+    """Memory on all devices of a replica for the KV cache when the user names none.
 
     The parameters are not loaded yet; the first device speaks for all.
     """
@@ -293,7 +311,7 @@ def default_kv_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int
         return DEFAULT_CPU_KV_BYTES
     loaded = parameter_bytes(model, dtypes, mesh)
     if device.platform == "cpu":  # its devices share the host's memory
-        left = max(0, free - num_devices * loaded)
+        left = max(0, free // num_replicas - num_devices * loaded)
         return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
     return num_devices * int(max(0, free - loaded) * ACCELERATOR_KV_FRACTION)
 

@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from jaxinfer.config import DtypePolicy
+from jaxinfer.sharding import make_mesh
+from scripts import assembly
 from scripts.assembly import parse_bytes
+from tests.jaxinfer.tiny import tiny_model
 from tests.scripts.conftest import Run
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +79,19 @@ def test_a_missing_accelerator_is_one_line(platform: list[str], tmp_path: Path) 
     assert line.startswith(f"error: {' '.join(platform)}: no ")
     assert "found 1 x cpu" in line
     assert "use --cpu" in line
+
+
+def test_more_kv_memory_than_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is loaded; replicas on a CPU share its memory."""
+    monkeypatch.setattr("scripts.assembly.free_bytes", lambda device: 3 << 20)
+    error = run("generate", "a", "--kv-memory", "4MiB", "--quiet").error
+    assert "--kv-memory asks for 4 MiB, of which 3 MiB are free" in error
+
+
+def test_replicas_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
+    dtypes = DtypePolicy.for_platform("cpu")
+    monkeypatch.setattr(assembly, "free_bytes", lambda device: 100 << 20)
+    alone = assembly.default_kv_bytes(model, dtypes, mesh, 1)
+    four = assembly.default_kv_bytes(model, dtypes, mesh, 4)
+    assert 4 * four <= alone <= 50 << 20

@@ -142,7 +142,7 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
         (["--top-k", "-1"], "top_k must be in [0, 1048576], got -1"),
         (["--seed", "-1"], "seed must be in"),
         (["--min-p", "2"], "min_p must be in [0.0, 1.0], got 2.0"),
-        (["--repetition-penalty", "0"], "repetition_penalty must be in (0.0, 100.0], got 0.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be in [0.001, 100.0], got 0.0"),
         (["--presence-penalty", "3"], "presence_penalty must be in [-2.0, 2.0], got 3.0"),
         (["--frequency-penalty", "nan"], "frequency_penalty must be in [-2.0, 2.0], got nan"),
         (["--logit-bias", "1=101"], "logit_bias of token 1 must be in [-100.0, 100.0], got 101.0"),

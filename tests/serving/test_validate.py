@@ -162,8 +162,8 @@ def test_values_of_a_request_are_checked(field: str, value: object, says: str) -
         ({"stop_token_ids": [1] * 33}, "number of stop_token_ids must be in [0, 32], got 33"),
         ({"min_p": nan}, "min_p must be in [0.0, 1.0], got nan"),
         ({"min_p": 1.5}, "min_p must be in [0.0, 1.0], got 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be in (0.0, 100.0], got 0.0"),
-        ({"repetition_penalty": inf}, "repetition_penalty must be in (0.0, 100.0], got inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be in [0.001, 100.0], got 0.0"),
+        ({"repetition_penalty": inf}, "repetition_penalty must be in [0.001, 100.0], got inf"),
         ({"presence_penalty": -2.5}, "presence_penalty must be in [-2.0, 2.0], got -2.5"),
         ({"frequency_penalty": nan}, "frequency_penalty must be in [-2.0, 2.0], got nan"),
         ({"logit_bias": {5: nan}}, "logit_bias of token 5 must be in [-100.0, 100.0], got nan"),
@@ -190,7 +190,7 @@ def test_both_ends_of_every_range_are_taken() -> None:
     for end, sign in ((0, -1), (1, 1)):
         sampling = pb.SamplingParams(
             min_p=end,
-            repetition_penalty=(1e-9, 100)[end],
+            repetition_penalty=(0.001, 100)[end],
             presence_penalty=2 * sign,
             frequency_penalty=2 * sign,
             logit_bias=dict.fromkeys(range((0, 300)[end]), 100 * sign),
