@@ -7,6 +7,8 @@ whatever else is in the batch; and the softmax denominator is a tree of addition
 reduction is vectorized differently for different row counts, and so is a product with ones.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -103,7 +105,9 @@ def _attend(
             maximum, denominator, accumulator = carry
             first = index * pages_per_block
             pages = jax.lax.dynamic_slice_in_dim(table, first, pages_per_block)
-            block_keys = key_pages[pages].transpose(1, 2, 0, 3)  # [G, D, pages, page_size]
+            # Gathered, then transposed: fused into one loop it takes 17 us a block against 8.
+            block_keys = jax.lax.optimization_barrier(key_pages[pages])
+            block_keys = block_keys.transpose(1, 2, 0, 3)  # [G, D, pages, page_size]
             block_keys = block_keys.reshape(num_kv_heads, head_dim, block_tokens)
             block_values = value_pages[pages].transpose(1, 0, 2, 3)  # [G, pages, page_size, D]
             block_values = block_values.reshape(num_kv_heads, block_tokens, head_dim)
@@ -117,7 +121,7 @@ def _attend(
             if sliding_window is not None:
                 visible &= key_positions[None, :] > positions[:, None] - sliding_window
             scores = jnp.where(visible[None], scores, MASKED)
-            new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
+            new_maximum = jnp.maximum(maximum, _fold(jnp.maximum, scores))
             weights = jnp.exp(scores - new_maximum)
             correction = jnp.exp(maximum - new_maximum)
             block_output = jnp.einsum(
@@ -128,7 +132,7 @@ def _attend(
             )
             return (
                 new_maximum,
-                denominator * correction + _sum(weights),
+                denominator * correction + _fold(jnp.add, weights),
                 accumulator * correction + block_output,
             )
 
@@ -150,11 +154,14 @@ def _attend(
     return outputs.transpose(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)
 
 
-def _sum(weights: jax.Array) -> jax.Array:
-    """[..., K] -> [..., 1], always in the same order: halves are added until one is left."""
-    while (size := weights.shape[-1]) > 1:
+def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """[..., K] -> [..., 1], always in the same order: halves are combined until one is left.
+
+    XLA:CPU vectorizes this, and not the maximum of a row (81 against 6 us for [3, 192, 128]).
+    """
+    while (size := x.shape[-1]) > 1:
         half = size // 2
-        halves = weights[..., :half] + weights[..., half : 2 * half]
-        rest = weights[..., 2 * half :]  # one column where the size is odd
-        weights = halves if size % 2 == 0 else jnp.concatenate([halves, rest], axis=-1)
-    return weights
+        halves = combine(x[..., :half], x[..., half : 2 * half])
+        rest = x[..., 2 * half :]  # one column where the size is odd
+        x = halves if size % 2 == 0 else jnp.concatenate([halves, rest], axis=-1)
+    return x
