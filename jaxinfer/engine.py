@@ -123,12 +123,12 @@ class Engine:
     ) -> None:
         """Compiles the step programs, several at a time. Nothing compiles after this.
 
-        ``shapes``: only some of ``self.shapes``, the largest among them; steps are padded up to
-        those. ``progress(done, total)`` is called from this thread as programs are finished.
+        ``shapes``: only some of ``self.shapes``, one of them as large as all others in both ways;
+        no step is then larger than it, and smaller ones are padded. ``progress(done, total)`` is
+        called from this thread as programs are finished.
         """
         shapes = self.shapes if shapes is None else tuple(shapes)
-        if self.shapes[-1] not in shapes:
-            raise ValueError(f"the largest shape, {self.shapes[-1]}, must be compiled")
+        self._limit_steps(shapes)
         options = step_program.compiler_options(
             self._platform, self.dtypes, self.config.batch_invariant
         )
@@ -146,6 +146,23 @@ class Engine:
                     progress(done, len(compiling))
         self._set_slot = programs.pop(None)
         self._programs = {shape: programs[shape] for shape in shapes}
+
+    def _limit_steps(self, shapes: Sequence[BatchShape]) -> None:
+        """Lets the scheduler plan no step that is larger than the largest of ``shapes``."""
+        rows = max((shape.num_decodes for shape in shapes), default=0)
+        tiles = max((shape.num_tiles for shape in shapes), default=0)
+        if not tiles or BatchShape(rows, tiles) not in shapes or not set(shapes) <= {*self.shapes}:
+            raise ValueError(f"no shape of {shapes} has room for all that the others have")
+        if self.has_unfinished:
+            raise RuntimeError("programs must be compiled before requests are added")
+        limits = dataclasses.replace(
+            self.config,
+            max_num_seqs=min(self.config.max_num_seqs, rows),
+            max_num_batched_tokens=min(
+                self.config.max_num_batched_tokens, tiles * self.config.chunk_tile
+            ),
+        )
+        self._scheduler = Scheduler(limits)
 
     def start(self, parameters: Parameters) -> None:
         """Takes the parameters and allocates the device state.

@@ -36,6 +36,9 @@ CPU_KV_FRACTION = 0.5
 ACCELERATOR_KV_FRACTION = 0.8
 
 
+PickShapes = Callable[[Engine, Tokenizer], Sequence[BatchShape] | None]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be loaded where, with which sizes; nothing is allocated yet.
@@ -137,12 +140,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def largest_shape(engine: Engine, _: Tokenizer) -> Sequence[BatchShape]:
+    """For work that is all prompt, and for programs that make further engines."""
+    return engine.shapes[-1:]
+
+
 def load_model(
-    options: argparse.Namespace, phases: Phases, *, one_program: bool = False
+    options: argparse.Namespace, phases: Phases, pick_shapes: PickShapes | None = None
 ) -> LoadedModel:
     """Fetches, loads and compiles what ``options`` ask for.
 
-    ``one_program``: only the largest step, for work that is all prompt.
+    ``pick_shapes``: which steps to compile; all, if it is not given. It is called before anything
+    large is loaded, and may refuse work that the engine can never do.
 
     Raises ``ValueError`` in one line for anything a user can mend.
     """
@@ -151,13 +160,14 @@ def load_model(
     with phases.phase("tokenizer"):
         tokenizer = Tokenizer(checkpoint.tokenizer)
     engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
+    shapes = pick_shapes(engine, tokenizer) if pick_shapes else None
     with phases.phase("load", unit="tensors") as progress:
         parameters = load_parameters(
             checkpoint, engine.abstract_parameters, progress, num_tensor_devices(plan.mesh)
         )
         jax.block_until_ready(parameters)
     with phases.phase("compile", unit="programs") as progress:
-        engine.compile(progress, engine.shapes[-1:] if one_program else None)
+        engine.compile(progress, shapes)
     size = f"{config.num_pages} pages of {config.page_size} tokens, "
     with phases.phase("kv cache", note=size + f"{engine.kv_cache_bytes / 2**20:.0f} MiB"):
         engine.start(parameters)

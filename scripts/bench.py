@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # run as a file: the packages lie beside this fol
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import bench_host, bench_invariance, bench_load, bench_offline, bench_techniques
-from scripts.assembly import add_engine_options, load_model, run_main
+from scripts.assembly import add_engine_options, largest_shape, load_model, run_main
 from scripts.phases import Phases
 
 # Command -> its module and what it measures. Those that make engines of their own compile them.
@@ -37,7 +37,7 @@ def bench() -> None:
     module, _ = COMMANDS[options.command]
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, one_program=module is not bench_offline)
+    loaded = load_model(options, phases, None if module is bench_offline else largest_shape)
     phases.print_table()
     startup_seconds = phases.seconds
     figures = module.run(loaded, options) | {"startup_seconds": startup_seconds}

@@ -17,7 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxinfer.request import Request
-from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
+from scripts.assembly import (
+    LoadedModel,
+    add_engine_options,
+    largest_shape,
+    load_model,
+    run_main,
+)
 from scripts.phases import Phases
 
 MAX_TEXT_BYTES = 256 << 20
@@ -40,7 +46,7 @@ def evaluate() -> None:
         raise ValueError(f"{options.text} is not UTF-8: {error}") from error
     phases = Phases(STARTED, quiet=options.json)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, one_program=True)
+    loaded = load_model(options, phases, largest_shape)
     token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
     if options.max_tokens is not None:
         token_ids = token_ids[: options.max_tokens]

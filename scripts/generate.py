@@ -8,6 +8,7 @@ import argparse
 import json
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,11 +18,12 @@ if __package__ in (None, ""):  # run as a file: the packages lie beside this fol
 
 from tqdm import tqdm
 
+from jaxinfer.batch import BatchShape
+from jaxinfer.engine import Engine
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
-from scripts.assembly import LoadedModel, add_engine_options, load_model, run_main
+from scripts.assembly import add_engine_options, load_model, run_main
 from scripts.phases import Phases
-from serving.loop import Engine
 from serving.output_text import OutputText, TextOptions, output_texts
 from serving.tokenizer import Tokenizer
 from serving.validate import DEFAULT_MAX_TOKENS, check_stop
@@ -82,18 +84,38 @@ def generate() -> None:
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases)
+    generations: list[Generation] = []
+
+    def pick_shapes(engine: Engine, tokenizer: Tokenizer) -> Sequence[BatchShape] | None:
+        # What does not fit is refused before the weights are loaded.
+        new_text = output_texts(tokenizer, text_options)
+        for number, line in enumerate(inputs):
+            prompt = tuple(encode(line, tokenizer, options.chat))
+            seed = secrets.randbits(63) if options.seed is None else options.seed
+            request = make_request(
+                number, prompt, replace(sampling, seed=seed), engine, tokenizer, options
+            )
+            generations.append(Generation(request, [Choice(new_text()) for _ in range(request.n)]))
+        return shapes_for(engine, [generation.request for generation in generations])
+
+    loaded = load_model(options, phases, pick_shapes)
     phases.print_table()
-    new_text = output_texts(loaded.tokenizer, text_options)
-    generations = []
-    for number, line in enumerate(inputs):
-        prompt = tuple(encode(line, loaded.tokenizer, options.chat))
-        if options.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        request = make_request(number, prompt, sampling, loaded, options)
-        choices = [Choice(new_text()) for _ in range(request.n)]
-        generations.append(Generation(request, choices))
     run(loaded.engine, generations, options)
+
+
+def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchShape] | None:
+    """The steps that ``requests`` need; None, which is all, where many are to run at once.
+
+    Of few requests each program takes longer to compile than it saves.
+    """
+    choices = sum(request.n for request in requests)
+    rows = min(shape.num_decodes for shape in engine.shapes)
+    if choices > rows:
+        return None
+    counts, size = engine.config.tile_counts, engine.config.chunk_tile
+    tiles = sum(-(-len(request.prompt_token_ids) // size) for request in requests)
+    tiles = min((count for count in counts if count >= tiles), default=counts[-1])
+    return [BatchShape(rows, 0), BatchShape(rows, tiles)]
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
@@ -125,18 +147,19 @@ def make_request(
     number: int,
     prompt: tuple[int, ...],
     sampling: SamplingParams,
-    loaded: LoadedModel,
+    engine: Engine,
+    tokenizer: Tokenizer,
     options: argparse.Namespace,
 ) -> Request:
     """A request that is known to fit; errors name the input."""
-    room = loaded.engine_config.max_model_len - len(prompt)
+    room = engine.config.max_model_len - len(prompt)
     try:
         request = Request(
             request_id=str(number),
             prompt_token_ids=prompt,
             max_tokens=options.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
             sampling=sampling,
-            eos_token_ids=loaded.tokenizer.eos_token_ids,
+            eos_token_ids=tokenizer.eos_token_ids,
             ignore_eos=options.ignore_eos,
             stop_token_ids=tuple(options.stop_token_id),
             min_tokens=options.min_tokens,
@@ -144,7 +167,7 @@ def make_request(
             logprobs=options.logprobs,
             prompt_logprobs=options.prompt_logprobs,
         )
-        request.check_fits(loaded.model.vocab_size, loaded.engine_config.max_model_len)
+        request.check_fits(engine.model.vocab_size, engine.config.max_model_len)
     except ValueError as error:
         raise ValueError(f"input {number + 1}: {error}") from error
     return request

@@ -259,9 +259,20 @@ def test_several_steps_in_one_call_give_the_same_tokens() -> None:
 def test_one_program_is_enough() -> None:
     model = tiny_model()
     engine = Engine(model, tiny_config(), CPU_DTYPES, shared_engine().mesh)
-    with pytest.raises(ValueError, match="largest shape"):
+    with pytest.raises(ValueError, match=r"no shape of .* has room"):
         engine.compile(shapes=engine.shapes[:1])
     engine.compile(shapes=engine.shapes[-1:])
+    engine.start(jax.device_put(random_parameters(model)))
+    assert run_all(engine, mixed_requests()) == solo_outputs()
+
+
+def test_no_step_is_larger_than_what_was_compiled() -> None:
+    """Two small programs also serve more and longer requests than they hold at once."""
+    model = tiny_model()
+    engine = Engine(model, tiny_config(max_num_seqs=16), CPU_DTYPES, shared_engine().mesh)
+    small = [shape for shape in engine.shapes if shape.num_decodes == 8 and shape.num_tiles <= 1]
+    assert small[-1].num_tiles < engine.shapes[-1].num_tiles
+    engine.compile(shapes=small)
     engine.start(jax.device_put(random_parameters(model)))
     assert run_all(engine, mixed_requests()) == solo_outputs()
 
