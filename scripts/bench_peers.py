@@ -106,7 +106,7 @@ def bench_peers(options: argparse.Namespace) -> None:
     if options.output and not options.output.parent.is_dir():
         raise ValueError(f"{options.output}: the folder {options.output.parent} does not exist")
     model = resolve(options.model).resolve()
-    names = options.only or [*OURS, *OTHERS]
+    names = dict.fromkeys(options.only or [*OURS, *OTHERS])
     peers = [command_of(name, model, options) for name in names]
     points = [point for point in POINTS if not options.points or point.name in options.points]
     conditions = Conditions(
@@ -255,7 +255,6 @@ def ratio_of(ours: PeerFigures, other: PeerFigures, point: str) -> float | None:
 def describe(options: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
     """What was measured where, and how."""
     return {
-        "command": f"scripts/bench_peers.py --rounds {conditions.rounds}",
         "model": options.model if options.model in CATALOG else Path(options.model).name,
         "device": "cpu",
         "cpu": cpu_name(),

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 MAX_LINE_CHARACTERS = 1 << 20
 ENDING_SECONDS = 10.0
+DESCRIPTION = frozenset(("weights", "activations", "timed", "versions"))
 
 
 class PeerError(Exception):
@@ -71,7 +72,10 @@ class PeerProcess:
 
     def ready(self, timeout: float) -> dict[str, Any]:
         """What the peer says that it is, once its model is loaded."""
-        return self._answer("ready", dict, timeout)
+        description = self._answer("ready", dict, timeout)
+        if missing := DESCRIPTION - description.keys():
+            raise PeerError(f"it does not say its {', '.join(sorted(missing))}")
+        return description
 
     def rates(self, point: Mapping[str, Any], timeout: float) -> list[float]:
         """Tokens per second of each repetition of a point."""
