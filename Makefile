@@ -32,10 +32,21 @@ define install
 	@touch $@
 endef
 
-.PHONY: help setup serve test lint proto lock clean
+# What we are measured against: their environments, one folder each. PEERS_ONLY="transformers" builds
+# and measures some of them; LLAMA_CPP is a folder that has llama-bench already. The peers' Python is
+# any that torch has a package for; TORCH decides which one, such as a build without CUDA.
+PEERS ?= build/peers
+PEERS_ONLY ?= transformers openvino llama.cpp
+PEERS_PYTHON ?= python3
+TORCH ?= torch==2.13.0
+LLAMA_CPP ?=
+LLAMA_CPP_SOURCE := llama-cpp-python==0.3.36
+
+.PHONY: help setup serve test bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
+    lint proto lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1  \2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' Makefile
 
 setup: $(DEVELOPMENT) ## make .venv with all packages, those for development included
 	@echo "setup: .venv is ready"
@@ -45,6 +56,13 @@ serve: $(RUNTIME) ## start the server; ARGS are its flags
 
 test: $(DEVELOPMENT) ## run the tests; ARGS are pytest's
 	@$(PYTHON) -m pytest $(ARGS)
+
+bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are bench_peers.py's
+	@$(PYTHON) scripts/bench_peers.py --peers '$(PEERS)' --only jaxinfer jaxinfer-fast \
+	    $(PEERS_ONLY) $(if $(LLAMA_CPP),--llama-cpp '$(LLAMA_CPP)') $(ARGS)
+
+peers: $(addprefix peer-,$(PEERS_ONLY)) ## build the peers of bench-peers, see PEERS_ONLY
+	@echo "peers: $(PEERS_ONLY) in $(PEERS)"
 
 lint: $(DEVELOPMENT) ## ruff, pyright, import contracts, stubs up to date
 	@$(VENV)/bin/ruff check
@@ -91,3 +109,39 @@ $(PYTHON): | $(UV)
 	        "install uv, then run make again" >&2; \
 	    exit 1; \
 	fi
+
+peer-transformers: $(PEERS)/transformers/.ready
+peer-openvino: $(PEERS)/openvino/.ready
+peer-llama.cpp: $(if $(LLAMA_CPP),$(LLAMA_CPP)/llama-bench,$(PEERS)/llama.cpp/.ready)
+
+define make_peer
+	@echo "peers: $(1)"
+	@mkdir -p '$(PEERS)'
+	@$(PEERS_PYTHON) -m venv '$(PEERS)/$(1)'
+	@'$(PEERS)/$(1)/bin/python' -m pip install --quiet $(2)
+endef
+
+# torch first, so that nothing else chooses its build.
+$(PEERS)/transformers/.ready:
+	$(call make_peer,transformers,'$(TORCH)')
+	@'$(@D)/bin/python' -m pip install --quiet transformers gguf accelerate safetensors
+	@touch '$@'
+
+$(PEERS)/openvino/.ready:
+	$(call make_peer,openvino,openvino openvino-genai openvino-tokenizers)
+	@touch '$@'
+
+# From the one source distribution on the package index that has llama.cpp's own source in it.
+$(PEERS)/llama.cpp/.ready:
+	$(call make_peer,llama.cpp,cmake ninja)
+	@rm -rf '$(@D)/source' && mkdir '$(@D)/source'
+	@'$(@D)/bin/python' -m pip download --quiet --no-deps --no-binary :all: \
+	    --dest '$(@D)/source' $(LLAMA_CPP_SOURCE)
+	@tar xzf '$(@D)'/source/*.tar.gz -C '$(@D)/source' --strip-components 1
+	@PATH="$$(realpath '$(@D)/bin'):$$PATH" && \
+	    cmake -G Ninja -S '$(@D)/source/vendor/llama.cpp' -B '$(@D)/build' \
+	        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF \
+	        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+	        -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF >'$(@D)/build.log' && \
+	    ninja -C '$(@D)/build' llama-bench llama-batched-bench >>'$(@D)/build.log'
+	@touch '$@'

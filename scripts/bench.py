@@ -1,46 +1,46 @@
-"""Measures the engine: ``python scripts/bench.py --help``."""
+"""Measures the engine, or a running server: ``python scripts/bench.py --help``."""
 
 import time
 
 STARTED = time.perf_counter()
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts import bench_host, bench_invariance, bench_load, bench_offline, bench_techniques
-from scripts.assembly import add_engine_options, largest_shape, load_model, run_main
-from scripts.phases import Phases
-
-# Command -> its module and what it measures. Those that make engines of their own compile them.
+# Command -> its module and what it measures. Only the module of the command that runs is imported:
+# what drives a server needs no JAX. Those that make engines of their own compile them.
 COMMANDS = {
-    "offline": (bench_offline, "random prompts straight into the engine"),
-    "host": (bench_host, "where the host's time goes in a step"),
-    "techniques": (bench_techniques, "each technique against the naive way"),
-    "invariance": (bench_invariance, "the same requests in many arrangements"),
-    "load": (bench_load, "speed and latency against the number of sequences"),
+    "offline": ("bench_offline", "random prompts straight into the engine"),
+    "host": ("bench_host", "where the host's time goes in a step"),
+    "techniques": ("bench_techniques", "each technique against the naive way"),
+    "invariance": ("bench_invariance", "the same requests in many arrangements"),
+    "load": ("bench_load", "speed and latency against the number of sequences"),
+    "serve": ("bench_serve", "a running server, at a rate of requests"),
 }
 
 
 def main() -> None:
-    """Entry point ``jaxinfer-bench``."""
-    run_main(bench)
+    """Entry point ``jaxinfer-bench``; errors a user can mend are one line and status 1."""
+    try:
+        bench()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def bench() -> None:
     """Runs one command and prints its figures."""
-    options = parse_arguments()
-    module, _ = COMMANDS[options.command]
-    phases = Phases(STARTED, quiet=options.quiet)
-    phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, None if module is bench_offline else largest_shape)
-    phases.print_table()
-    startup_seconds = phases.seconds
-    figures = module.run(loaded, options) | {"startup_seconds": startup_seconds}
+    module, options = parse_arguments()
+    figures = module.run(options) if options.command == "serve" else on_engine(module, options)
     if options.json:
         print(json.dumps(figures))
     elif hasattr(module, "table"):
@@ -50,20 +50,42 @@ def bench() -> None:
             print(f"{name:<28} {value}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Measure the engine.")
+def on_engine(module: ModuleType, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a command that needs a model in this process."""
+    from scripts.assembly import largest_shape, load_model
+    from scripts.phases import Phases
+
+    phases = Phases(STARTED, quiet=options.quiet)
+    phases.add("import", time.perf_counter() - STARTED)
+    loaded = load_model(options, phases, None if options.command == "offline" else largest_shape)
+    phases.print_table()
+    startup_seconds = phases.seconds
+    return module.run(loaded, options) | {"startup_seconds": startup_seconds}
+
+
+def parse_arguments() -> tuple[ModuleType, argparse.Namespace]:
+    """The module of the command, and the command line."""
+    parser = argparse.ArgumentParser(description="Measure the engine, or a running server.")
     commands = parser.add_subparsers(dest="command", required=True)
-    parsers = {}
-    for name, (module, summary) in COMMANDS.items():
-        parsers[name] = commands.add_parser(name, help=summary, description=summary)
-        module.add_options(parsers[name])
-        parsers[name].add_argument("--json", action="store_true", help="print one line of JSON")
-        parsers[name].add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parsers = {
+        name: commands.add_parser(name, help=summary, description=summary)
+        for name, (_, summary) in COMMANDS.items()
+    }
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        parser.parse_args()  # help, or an error
+        raise AssertionError("argparse took no command for one")
+    module = importlib.import_module(f"scripts.{COMMANDS[name][0]}")
+    module.add_options(parsers[name])
+    parsers[name].add_argument("--json", action="store_true", help="print one line of JSON")
+    parsers[name].add_argument("--quiet", action="store_true", help="no progress on stderr")
+    if name != "serve":
+        from scripts.assembly import add_engine_options
+
         add_engine_options(parsers[name])
     options = parser.parse_args()
-    COMMANDS[options.command][0].check_options(parsers[options.command], options)
-    return options
+    module.check_options(parsers[name], options)
+    return module, options
 
 
 if __name__ == "__main__":
