@@ -95,7 +95,7 @@ def test_elsewhere_the_repository_is_cloned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError, match="there is no checkout around .*: set REPOSITORY above"):
+    with pytest.raises(RuntimeError, match=r"no checkout around .*: set REPOSITORY above"):
         run_cells("settings", "checkout")
     find = run_cells_with_checkout(tmp_path, monkeypatch)
     assert find(str(tmp_path / "origin")) == tmp_path / "work/jaxinfer"
@@ -110,7 +110,7 @@ def test_what_cannot_be_cloned_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         find("--upload-pack=touch x")
     git(tmp_path / "origin", "rm", "-q", "pyproject.toml")
     git(tmp_path / "origin", "commit", "-q", "-m", "empty", "--allow-empty")
-    with pytest.raises(RuntimeError, match="'.*/origin' is not a repository of jaxinfer"):
+    with pytest.raises(RuntimeError, match=r"'.*/origin' is not a repository of jaxinfer"):
         find(str(tmp_path / "origin"))
 
 

@@ -5,9 +5,11 @@ be run here needs one in ``ELSEWHERE``. Fences without a language hold commands:
 each, and output between them, or nothing but commands. ``$ cat FILE`` shows a file of the reader's.
 """
 
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,12 @@ ELSEWHERE = {
     r"make (setup|test)": (".ci/run", "phase make \\1"),
     r"make (lint)": (".ci/run", "phase .venv/bin/ruff check"),
     r"make \w+ EXTRAS=gpu\b.*": ("tests/gpu/test_serve.py", '"scripts/serve.py"), "--gpu"'),
+    # Minutes, for what they compile.
+    r".*bench(?:\.py)? invariance\b.*": (
+        "tests/scripts/test_bench.py",
+        'run("bench", "invariance"',
+    ),
+    r".*bench(?:\.py)? load\b.*": ("tests/scripts/test_bench.py", 'run("bench", "load"'),
     r"(?:uv )?pip install .*": ("tests/test_wheel.py", "def test_the_installed_server"),
 }
 # No machine that the project has can run these: the paragraph has to say so.
@@ -253,6 +261,23 @@ def test_a_command_runs(command: Command, checkout: Path, request: pytest.Fixtur
         assert same(out, command.output), out
     for name in re.findall(r"(?:>|--plot) *(\S+)", text):
         assert (checkout / name).stat().st_size > 0, name
+
+
+SCRIPTS = [c.text for c in COMMANDS if re.match(r"\S*python3? scripts/", c.text)]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_a_script_takes_its_arguments(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those as well that run elsewhere, with other arguments."""
+    _, script, *arguments = shlex.split(re.sub(r" [<>|&].*", "", text))
+    module = importlib.import_module(f"scripts.{Path(script).stem}")
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    status: object = 0
+    try:
+        module.parse_arguments()
+    except SystemExit as exit_:
+        status = exit_.code  # 0 for --help
+    assert status == 0
 
 
 def test_every_flag_exists() -> None:
