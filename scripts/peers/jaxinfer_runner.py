@@ -14,7 +14,7 @@ from runner_protocol import Measure, random_ids, run_peer
 
 from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
-from scripts.assembly import LoadedModel, add_engine_options, load_model, new_engine
+from scripts.assembly import LoadedModel, add_engine_options, largest_shape, load_model, new_engine
 from scripts.measuring import requests_of
 from scripts.phases import Phases
 
@@ -36,7 +36,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
     flags = ["--cpu", "--model", options.model, "--max-num-seqs", str(ROWS), "--no-prefix-cache"]
     flags += ["--no-batch-invariance"] * options.fast
     phases = Phases(time.perf_counter(), quiet=True)
-    loaded = load_model(parser.parse_args(flags), phases, one_program=True)
+    loaded = load_model(parser.parse_args(flags), phases, largest_shape)
     engines: dict[int, Engine] = {}
 
     def measure(point: dict[str, Any]) -> float:
