@@ -161,6 +161,11 @@ class EngineConfig:
                 raise ValueError(
                     f"{name} must be between {low} and {high}, got {getattr(self, name)}"
                 )
+        if self.max_num_batched_tokens % self.chunk_tile:
+            raise ValueError(
+                f"max_num_batched_tokens must be a multiple of {self.chunk_tile} (chunk_tile), "
+                f"got {self.max_num_batched_tokens}"
+            )
         # A block of KV tokens is a whole number of pages, the same number of tokens for all sizes.
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {self.page_size}")

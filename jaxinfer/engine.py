@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -29,6 +31,10 @@ from jaxinfer.step import Parameters, StepResult
 
 Progress = Callable[[int, int], None]
 
+# With more threads XLA:CPU divides the sums of a product between them, by a rule that looks at the
+# number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2 and 4.
+MAX_CPU_THREADS = 4
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -50,10 +56,12 @@ class Engine:
         self, model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
     ) -> None:
         self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
+        self._platform = mesh.devices.flat[0].platform
+        if config.batch_invariant and self._platform == "cpu" and dtypes.weights == "float32":
+            _warn_of_many_threads()
         self._graph, state = models.abstract(model, dtypes, mesh)
         self.abstract_parameters = abstract_parameters(state, mesh)
         self._abstract_state = step_program.abstract_state(model, config, dtypes, mesh)
-        self._platform = mesh.devices.flat[0].platform
         self.shapes = batch_shapes(config)
         self._programs: dict[BatchShape, Any] = {}
         self._set_slot: Any = None
@@ -265,6 +273,20 @@ class Engine:
             self.abstract_parameters,
             self._abstract_state,
             self.mesh,
+        )
+
+
+def _warn_of_many_threads() -> None:
+    """Scripts limit themselves; who makes an engine of their own has to be told."""
+    threads = os.environ.get("NPROC", "")
+    count = int(threads) if threads.isdecimal() else os.cpu_count() or 1
+    if count > MAX_CPU_THREADS:
+        warnings.warn(
+            f"XLA has {count} threads here; with more than {MAX_CPU_THREADS} a request's tokens "
+            f"may depend on what else is being served: set NPROC={MAX_CPU_THREADS} in the "
+            f"environment before JAX starts, or batch_invariant=False",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 

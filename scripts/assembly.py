@@ -103,7 +103,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens",
         type=int,
         default=defaults.max_num_batched_tokens,
-        help="prompt tokens of one step (default: %(default)s)",
+        help=f"prompt tokens of one step, a multiple of {defaults.chunk_tile} "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--max-model-len",
@@ -119,6 +120,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="decode steps that run in one call while nobody waits: more tokens at once, less "
         "often (default: 1 on CPU, else 4)",
+    )
+    group.add_argument(
+        "--priority-seconds",
+        type=float,
+        default=defaults.priority_seconds,
+        help="how much longer a request waits than one of the next higher priority before it goes "
+        "first all the same (default: %(default)s)",
     )
     group.add_argument(
         "--no-prefix-cache",
@@ -266,6 +274,7 @@ def engine_config(
         num_pages=1 << 24,
         prefix_cache=options.prefix_cache,
         max_steps_per_call=steps,
+        priority_seconds=options.priority_seconds,
         batch_invariant=options.batch_invariant,
     )
     memory = options.kv_memory

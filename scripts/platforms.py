@@ -7,6 +7,7 @@ import os
 
 import jax
 
+from jaxinfer.engine import MAX_CPU_THREADS
 from jaxinfer.sharding import Device
 
 # What the user calls a TPU generation -> how its devices call themselves.
@@ -16,11 +17,6 @@ TPU_DEVICE_KINDS = {
     "v5p": ("TPU v5", "TPU v5p"),
     "v6e": ("TPU v6 lite", "TPU v6e"),
 }
-
-
-# With more threads XLA:CPU divides the sums of a product between them, by a rule that looks at the
-# number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2 and 4.
-MAX_CPU_THREADS = 4
 
 
 def add_platform_options(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ def test_impossible_models(changes: dict[str, Any], match: str) -> None:
         ({"max_num_seqs": 0}, r"max_num_seqs .* 0"),
         ({"max_num_seqs": 1025}, r"max_num_seqs .*1024.* 1025"),
         ({"max_num_batched_tokens": 63}, r"max_num_batched_tokens .*64.* 63"),
+        ({"max_num_batched_tokens": 100}, r"max_num_batched_tokens .* multiple of 64 .* 100"),
         ({"page_size": 0}, r"page_size .* 0"),
         ({"num_pages": 127}, r"2032 tokens, fewer than max_model_len \(2048\)"),
         ({"max_model_len": 1}, r"max_model_len .* 1"),

@@ -256,6 +256,14 @@ def test_several_steps_in_one_call_give_the_same_tokens() -> None:
     assert outputs[-1].finish_reason is FinishReason.STOP
 
 
+def test_many_threads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = shared_engine().mesh
+    monkeypatch.setenv("NPROC", "5")
+    with pytest.warns(RuntimeWarning, match="XLA has 5 threads"):
+        Engine(tiny_model(), tiny_config(), CPU_DTYPES, mesh)
+    Engine(tiny_model(), tiny_config(batch_invariant=False), CPU_DTYPES, mesh)
+
+
 def test_one_program_is_enough() -> None:
     model = tiny_model()
     engine = Engine(model, tiny_config(), CPU_DTYPES, shared_engine().mesh)

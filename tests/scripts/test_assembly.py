@@ -45,6 +45,8 @@ def test_what_is_no_size(text: str) -> None:
         (["--max-num-seqs", "0"], "max_num_seqs must be between 1 and 1024, got 0"),
         (["--max-num-seqs", "1025"], "max_num_seqs must be between 1 and 1024, got 1025"),
         (["--max-num-batched-tokens", "63"], "max_num_batched_tokens must be between 64"),
+        (["--max-num-batched-tokens", "100"], "max_num_batched_tokens must be a multiple of 64"),
+        (["--priority-seconds", "nan"], "priority_seconds must be between 0"),
         (["--max-model-len", "0"], "max_model_len must be between 2 and 1048576, got 0"),
         (["--max-model-len", "129"], "more than the model's context (128)"),
         (["--page-size", "0"], "page_size must be"),
