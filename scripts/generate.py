@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,12 +24,11 @@ from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
 from scripts.assembly import add_engine_options, load_model, run_main
 from scripts.phases import Phases
-from serving.output_text import OutputText, TextOptions, output_texts
+from scripts.prompt_lines import parse_lines
+from scripts.sampling_options import add_sampling_options, checked_text_options, sampling_params
+from serving.output_text import OutputText, output_texts
 from serving.tokenizer import Tokenizer
-from serving.validate import DEFAULT_MAX_TOKENS, check_stop
-
-INPUT_KINDS = ("prompt", "messages", "token_ids")
-MAX_LINE_CHARACTERS = 16 << 20
+from serving.validate import DEFAULT_MAX_TOKENS
 
 
 @dataclass
@@ -116,31 +115,6 @@ def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchSha
     tiles = sum(-(-len(request.prompt_token_ids) // size) for request in requests)
     tiles = min((count for count in counts if count >= tiles), default=counts[-1])
     return [BatchShape(rows, 0), BatchShape(rows, tiles)]
-
-
-def sampling_params(options: argparse.Namespace) -> SamplingParams:
-    """The sampling asked for; without a seed where one is to be chosen for each prompt."""
-    return SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        logit_bias=tuple(options.logit_bias),
-        seed=options.seed or 0,
-    )
-
-
-def checked_text_options(options: argparse.Namespace) -> TextOptions:
-    """How the text is asked for."""
-    check_stop(options.stop)
-    for name in ("min_tokens", "n", "logprobs", "prompt_logprobs"):
-        value = getattr(options, name)
-        if value is not None:
-            LIMITS[name].check(name, value)
-    return TextOptions(stop=tuple(options.stop), min_tokens=options.min_tokens)
 
 
 def make_request(
@@ -266,52 +240,6 @@ def read_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
         return parse_lines(file)
 
 
-def parse_lines(file: TextIO) -> list[dict[str, Any]]:
-    """JSON objects with exactly one of prompt, messages and token_ids. Raises ``ValueError``."""
-    inputs = []
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        if len(line) > MAX_LINE_CHARACTERS:
-            raise ValueError(f"line {number} has more than {MAX_LINE_CHARACTERS} characters")
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-        if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in INPUT_KINDS:
-            raise ValueError(
-                f"line {number} must be an object with exactly one of {', '.join(INPUT_KINDS)}"
-            )
-        check_line(number, value)
-        inputs.append(value)
-    if not inputs:
-        raise ValueError("no prompts: the input has no lines")
-    return inputs
-
-
-def check_line(number: int, value: dict[str, Any]) -> None:
-    """Raises ``ValueError`` naming the line when a prompt is not of its kind."""
-    kind, content = next(iter(value.items()))
-    if kind == "prompt" and not isinstance(content, str):
-        raise ValueError(f"line {number}: prompt must be a string")
-    if kind == "token_ids" and not (
-        isinstance(content, list) and all(type(token) is int for token in content)
-    ):
-        raise ValueError(f"line {number}: token_ids must be a list of whole numbers")
-    if kind == "token_ids" and not content:
-        raise ValueError(f"line {number}: token_ids is empty; at least 1 is needed")
-    if kind == "messages":
-        fits = isinstance(content, list) and all(
-            isinstance(message, dict)
-            and set(message) == {"role", "content"}
-            and all(isinstance(part, str) for part in message.values())
-            for message in content
-        )
-        if not fits:
-            raise ValueError(f"line {number}: messages must be objects with role and content")
-        LIMITS["messages"].check(f"line {number}: number of messages", len(content))
-
-
 def encode(line: dict[str, Any], tokenizer: Tokenizer, chat: bool) -> list[int]:
     """Token ids of one input; ``chat`` makes a user's message of a plain prompt."""
     if "token_ids" in line:
@@ -345,58 +273,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.max_tokens is not None and options.max_tokens < 1:
         parser.error(f"--max-tokens must be at least 1, got {options.max_tokens}")
     return options
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen, when that ends, and what is told of it."""
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--top-k", type=int, default=0, help="0 is off (default)")
-    add("--top-p", type=float, default=1.0, help="1 is off (default)")
-    add("--min-p", type=float, default=0.0, help="0 is off (default)")
-    add("--repetition-penalty", type=float, default=1.0, help="1 is off (default)")
-    add("--presence-penalty", type=float, default=0.0, help="0 is off (default)")
-    add("--frequency-penalty", type=float, default=0.0, help="0 is off (default)")
-    add(
-        "--logit-bias",
-        type=parse_bias,
-        action="append",
-        default=[],
-        metavar="ID=VALUE",
-        help="added to the logit of a token; may be given again",
-    )
-    add("--seed", type=int, help="repeats a sampled run (default: random)")
-    group = parser.add_argument_group("end of the text")
-    add = group.add_argument
-    add("--max-tokens", type=int, help="new tokens at most (default: 256, or what the context has)")
-    add("--min-tokens", type=int, default=0, help="no end before so many new tokens (default: 0)")
-    again = "; may be given again"
-    add("--stop", action="append", default=[], metavar="TEXT", help=f"end before this text{again}")
-    add(
-        "--stop-token-id",
-        type=int,
-        action="append",
-        default=[],
-        metavar="ID",
-        help=f"end at this token{again}",
-    )
-    add("--ignore-eos", action="store_true", help="go on past the end of the text")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--n", type=int, default=1, help="choices, continuations of each prompt (default: 1)")
-    top = "and of this many of the most probable ones, in JSON"
-    add("--logprobs", type=int, metavar="K", help=f"log-probabilities of new tokens, {top}")
-    add("--prompt-logprobs", type=int, metavar="K", help="the same of prompt tokens")
-
-
-def parse_bias(argument: str) -> tuple[int, float]:
-    """ID=VALUE."""
-    token_id, _, value = argument.partition("=")
-    try:
-        return int(token_id), float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be ID=VALUE, got {argument!r:.80}") from None
 
 
 if __name__ == "__main__":

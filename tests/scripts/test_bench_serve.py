@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts import bench, generate, prompt_lines
+from scripts import bench
 from scripts.arrivals import arrival_times, random_lengths
 from scripts.serve_metrics import RequestRecord, first_errors, summarize, tokens_per_second
 from tests.serving.fakes import FakeEngine
@@ -315,30 +315,3 @@ def test_what_cannot_be_written_or_served_is_said_first(
 def test_needs_no_jax() -> None:
     code = "import sys; from scripts import bench, bench_serve; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"prompt": "a"}\n\n{"token_ids": [1, 2]}',
-        '{"messages": [{"role": "user", "content": "a"}]}',
-        "",
-        "[1]",
-        "nope",
-        '{"prompt": 1}',
-        '{"token_ids": []}',
-        '{"token_ids": [true]}',
-        '{"messages": [{"role": 1, "content": "a"}]}',
-        '{"messages": []}',
-    ],
-)
-def test_lines_are_those_of_generate(text: str) -> None:
-    """Both read the same files and refuse the same ones in the same words."""
-
-    def outcome(parse: Any) -> object:
-        try:
-            return parse(text.splitlines())
-        except ValueError as error:
-            return str(error)
-
-    assert outcome(prompt_lines.parse_lines) == outcome(generate.parse_lines)
