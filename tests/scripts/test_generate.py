@@ -6,10 +6,16 @@ import sys
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from jaxinfer.request import SamplingParams
+from jaxinfer.batch import batch_shapes
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine import Engine
+from jaxinfer.request import Request, SamplingParams
+from scripts.assembly import PickShapes
+from scripts.generate import shapes_for
 from tests.scripts.conftest import SIZES, Run
 from tests.serving.fakes import FakeEngine, expected_text, expected_token_ids, served_model
 
@@ -169,7 +175,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     engine = FakeEngine(step_seconds=0.0, late=2)
     served = served_model(engine)
 
-    def load(*_: object) -> SimpleNamespace:
+    def load(_options: object, _phases: object, pick_shapes: PickShapes) -> SimpleNamespace:
+        config = served.engine_config
+        planned = SimpleNamespace(config=config, model=served.model, shapes=batch_shapes(config))
+        pick_shapes(cast(Engine, planned), served.tokenizer)
         return SimpleNamespace(
             engine=engine,
             model=served.model,
@@ -179,6 +188,28 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
     monkeypatch.setattr("scripts.generate.load_model", load)
     return engine
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n", "shapes"),
+    [
+        ([1], 1, [(8, 0), (8, 1)]),
+        ([64], 8, [(8, 0), (8, 1)]),
+        ([65], 1, [(8, 0), (8, 2)]),
+        ([64, 65], 1, [(8, 0), (8, 8)]),
+        ([2000], 1, [(8, 0), (8, 8)]),
+        ([10] * 9, 1, None),
+        ([10], 9, None),
+    ],
+)
+def test_only_what_the_prompts_need_is_compiled(
+    lengths: list[int], n: int, shapes: list[tuple[int, int]] | None
+) -> None:
+    config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=512)
+    planned = cast(Engine, SimpleNamespace(config=config, shapes=batch_shapes(config)))
+    requests = [Request(str(i), (1,) * length, n=n) for i, length in enumerate(lengths)]
+    picked = shapes_for(planned, requests)
+    assert shapes == (picked and [(shape.num_decodes, shape.num_tiles) for shape in picked])
 
 
 PROMPT = [256, *b"abc"]  # as the fake tokenizer writes "abc"
