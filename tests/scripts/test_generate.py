@@ -16,6 +16,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
 from scripts.assembly import PickShapes
 from scripts.generate import shapes_for
+from serving.tokenizer import Tokenizer
 from tests.scripts.conftest import SIZES, Run
 from tests.serving.fakes import FakeEngine, expected_text, expected_token_ids, served_model
 
@@ -178,7 +179,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def load(_options: object, _phases: object, pick_shapes: PickShapes) -> SimpleNamespace:
         config = served.engine_config
         planned = SimpleNamespace(config=config, model=served.model, shapes=batch_shapes(config))
-        pick_shapes(cast(Engine, planned), served.tokenizer)
+        pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer))
         return SimpleNamespace(
             engine=engine,
             model=served.model,
@@ -207,7 +208,7 @@ def test_only_what_the_prompts_need_is_compiled(
 ) -> None:
     config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=512)
     planned = cast(Engine, SimpleNamespace(config=config, shapes=batch_shapes(config)))
-    requests = [Request(str(i), (1,) * length, n=n) for i, length in enumerate(lengths)]
+    requests = [Request(str(i), (1,) * length, 4, n=n) for i, length in enumerate(lengths)]
     picked = shapes_for(planned, requests)
     assert shapes == (picked and [(shape.num_decodes, shape.num_tiles) for shape in picked])
 
