@@ -1,6 +1,6 @@
 """The typed client: what chat, benchmarks, tests and users call. Imports neither JAX nor a model.
 
-with Client("127.0.0.1:50051") as client:
+with Client() as client:
     for event in client.generate("Once upon a time", max_tokens=64):
         if isinstance(event, Delta):
             print(event.text, end="", flush=True)
@@ -66,6 +66,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+# Where scripts/serve.py listens unless it is told otherwise.
+DEFAULT_TARGET = "127.0.0.1:50051"
 _SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _POLL_SECONDS = 0.1
 
@@ -82,7 +84,7 @@ class ServerError(Exception):
 class Client:
     """Calls a server at ``target`` ("host:port"). May be shared between threads."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # has no types
@@ -124,9 +126,9 @@ class Client:
         with _errors():
             return self._stub.Detokenize(request).text
 
-    def model_info(self) -> pb.GetModelInfoResponse:
+    def model_info(self, *, timeout: float | None = None) -> pb.GetModelInfoResponse:
         with _errors():
-            return self._stub.GetModelInfo(pb.GetModelInfoRequest())
+            return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
 
     def load(self) -> pb.GetLoadResponse:
         with _errors():
@@ -136,6 +138,12 @@ class Client:
         """Ends a live request, also another client's; whether there was one."""
         with _errors():
             return self._stub.Abort(pb.AbortRequest(request_id=request_id)).was_live
+
+    def is_serving(self, *, timeout: float) -> bool:
+        """Whether the model is loaded; ``ServerError`` where nobody answers within ``timeout``."""
+        with _errors():
+            reply = self._health.Check(_HEALTH_REQUEST, timeout=timeout)
+        return reply.status == health_pb2.HealthCheckResponse.SERVING
 
     def wait_until_serving(self, timeout: float) -> None:
         """Returns when the model is loaded; raises ``TimeoutError`` after ``timeout`` seconds."""
@@ -159,7 +167,7 @@ class Client:
 class AsyncClient:
     """The same for asyncio. Construct it inside the loop that uses it."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # has no types
@@ -203,9 +211,9 @@ class AsyncClient:
         with _errors():
             return (await self._stub.Detokenize(request)).text
 
-    async def model_info(self) -> pb.GetModelInfoResponse:
+    async def model_info(self, *, timeout: float | None = None) -> pb.GetModelInfoResponse:
         with _errors():
-            return await self._stub.GetModelInfo(pb.GetModelInfoRequest())
+            return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
 
     async def load(self) -> pb.GetLoadResponse:
         with _errors():
@@ -215,6 +223,12 @@ class AsyncClient:
         """Ends a live request, also another client's; whether there was one."""
         with _errors():
             return (await self._stub.Abort(pb.AbortRequest(request_id=request_id))).was_live
+
+    async def is_serving(self, *, timeout: float) -> bool:
+        """Whether the model is loaded; ``ServerError`` where nobody answers within ``timeout``."""
+        with _errors():
+            reply = await self._health.Check(_HEALTH_REQUEST, timeout=timeout)
+        return reply.status == health_pb2.HealthCheckResponse.SERVING
 
     async def wait_until_serving(self, timeout: float) -> None:
         """Returns when the model is loaded; raises ``TimeoutError`` after ``timeout`` seconds."""

@@ -1,6 +1,8 @@
 """What a client sends and gets, and how it stands in messages. Imports neither gRPC nor JAX."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -158,15 +160,19 @@ class Completion:
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
-    """The message of a call; raises ``ValueError`` for values that no message can hold."""
+    """The message of a call.
+
+    Raises ``TypeError`` naming the nearest option for one that does not exist, and ``TypeError``
+    or ``ValueError`` naming the field for values that no message can hold.
+    """
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
-    _set_options(request, {name: value for name, value in options.items() if name != "timeout"})
+    _set_options(request, options)
     return request
 
 
 def tokenize_request(prompt: str | Sequence[Message], options: PromptOptions) -> pb.TokenizeRequest:
-    """The message of a call; raises ``ValueError`` for values that no message can hold."""
+    """The message of a call; raises what ``generate_request`` does."""
     request = pb.TokenizeRequest()
     _set_prompt(request, prompt)
     _set_options(request, options)
@@ -176,8 +182,12 @@ def tokenize_request(prompt: str | Sequence[Message], options: PromptOptions) ->
 def _set_options(
     request: pb.GenerateRequest | pb.TokenizeRequest, options: Mapping[str, object]
 ) -> None:
+    known = GenerateOptions if isinstance(request, pb.GenerateRequest) else PromptOptions
     for name, value in options.items():
-        if value is None:
+        if name not in known.__annotations__:
+            near = difflib.get_close_matches(name, known.__annotations__, n=1, cutoff=0.0)
+            raise TypeError(f"there is no option {name!r:.80}; the nearest is {near[0]!r}")
+        if value is None or name == "timeout":
             continue
         target = request
         if name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
@@ -187,31 +197,51 @@ def _set_options(
             if request.WhichOneof("prompt") != "chat":
                 raise ValueError(f"{name} is for a prompt of messages")
             target = request.chat
-        if isinstance(value, Mapping):
-            getattr(target, name).update(value)
-        elif target.DESCRIPTOR.fields_by_name[name].is_repeated:
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be several strings, got {value!r:.80}")
-            getattr(target, name).extend(value)
-        else:
-            setattr(target, name, value)
+        field = target.DESCRIPTOR.fields_by_name[name]
+        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        if field.is_repeated and isinstance(value, str):
+            raise ValueError(f"{name} must be several strings, got {value!r:.80}")
+        with _naming(name, value):
+            if is_map != isinstance(value, Mapping):
+                raise TypeError("a mapping is wanted" if is_map else "no mapping is wanted")
+            if is_map:
+                getattr(target, name).update(value)
+            elif not field.is_repeated:
+                setattr(target, name, value)
+            else:
+                getattr(target, name).extend(value)
+
+
+@contextmanager
+def _naming(name: str, value: object) -> Iterator[None]:
+    """Around giving ``value`` to a field: protobuf's own errors do not say which one it was."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode ({error.reason}): {value!r:.80}") from None
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}, got {value!r:.80}") from None
 
 
 def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        request.text = prompt
+        with _naming("the prompt", prompt):
+            request.text = prompt
         return
     messages = [item for item in prompt if isinstance(item, Message)]
     if messages:
         if len(messages) != len(prompt):
             raise ValueError("a prompt has either messages or token ids, not both")
-        request.chat.messages.extend(
-            pb.ChatMessage(role=message.role, content=message.content, name=message.name)
-            for message in messages
-        )
+        for i, message in enumerate(messages):
+            with _naming(f"message {i} of the prompt", message):
+                request.chat.messages.add(
+                    role=message.role, content=message.content, name=message.name
+                )
     elif isinstance(request, pb.GenerateRequest):
         request.token_ids.SetInParent()
-        request.token_ids.ids.extend(item for item in prompt if not isinstance(item, Message))
+        with _naming("the prompt", prompt):
+            request.token_ids.ids.extend(item for item in prompt if not isinstance(item, Message))
     else:
         raise ValueError("only a text or messages can be tokenized")
 

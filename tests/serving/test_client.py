@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serving.client import Client, Delta, Finished, Message, ServerError, Started
+from serving.client import AsyncClient, Client, Delta, Finished, Message, ServerError, Started
+from serving.served_model import ServedModel
 from serving.server import serve
 from tests.serving.fakes import NUM_PAGES, FakeEngine, expected_token_ids, served_model
 
@@ -64,6 +66,7 @@ def test_the_synchronous_client() -> None:
         assert client.detokenize(client.tokenize("häuser")) == "häuser"
         assert client.model_info().model_name == "fake"
         assert client.load().num_free_pages == NUM_PAGES
+        assert client.is_serving(timeout=10)
         assert not client.abort("a")
         with pytest.raises(ServerError, match="no tokens") as raised:
             client.complete([])
@@ -90,8 +93,78 @@ def test_prompts_that_mix_messages_and_ids_are_refused() -> None:
         client.complete([Message("user", "x"), 3])  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"temprature": 1.0}, TypeError, "no option 'temprature'; the nearest is 'temperature'"),
+        ({"foo": 1}, TypeError, "no option 'foo'; the nearest is '"),
+        ({"stop": ["\ud83d"]}, ValueError, r"^stop is not valid Unicode \(surrogates"),
+        ({"request_id": "\ud83d"}, ValueError, "^request_id is not valid Unicode"),
+        ({"stop": "one"}, ValueError, "^stop must be several strings, got 'one'"),
+        ({"stop_token_ids": [-1]}, ValueError, r"^stop_token_ids: .* got \[-1\]"),
+        ({"max_tokens": 1 << 40}, ValueError, "^max_tokens: .* got 1099511627776"),
+        ({"n": {}}, TypeError, "^n: no mapping is wanted, got {}"),
+        ({"logit_bias": [(1, 2.0)]}, TypeError, "^logit_bias: a mapping is wanted"),
+        ({"template_arguments": {"a": "b"}}, ValueError, "is for a prompt of messages"),
+    ],
+)
+def test_options_that_no_request_can_hold(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    """Both clients build requests with the same function; nothing is sent."""
+    with Client("127.0.0.1:1") as client, pytest.raises(kind, match=message):
+        client.complete_choices("x", **options)
+
+
+def test_prompts_that_no_request_can_hold() -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(ValueError, match=r"^the prompt is not valid Unicode"):
+            client.complete("\ud83d")
+        with pytest.raises(ValueError, match=r"^message 1 of the prompt is not valid Unicode"):
+            client.complete([Message("user", "x"), Message("user", "\ud83d")])
+        with pytest.raises(ValueError, match=r"^the prompt: .* got \[-1\]"):
+            client.complete([-1])
+        # An option of generate, but not of tokenize.
+        with pytest.raises(TypeError, match="no option 'temperature'"):
+            client.tokenize("x", temperature=1.0)  # pyright: ignore[reportCallIssue]
+
+
+def test_whether_a_server_serves() -> None:
+    started, go = threading.Event(), threading.Event()
+    listening: list[int] = []
+
+    def load() -> ServedModel:
+        assert go.wait(timeout=20)
+        return served_model(FakeEngine())
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        def on_listening(port: int) -> None:
+            listening.append(port)
+            started.set()
+
+        async def check() -> None:
+            async with AsyncClient(f"127.0.0.1:{listening[0]}") as client:
+                assert not await client.is_serving(timeout=10)
+                go.set()
+                await client.wait_until_serving(timeout=10)
+                assert await client.is_serving(timeout=10)
+                assert (await client.model_info(timeout=10)).model_name == "fake"
+            stop.set()
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(serve(load, port=0, on_listening=on_listening, stop=stop))
+            assert await asyncio.to_thread(started.wait, 20)
+            tasks.create_task(check())
+
+    asyncio.run(main())
+
+
 def test_nobody_there() -> None:
     with Client("127.0.0.1:1") as client:
+        with pytest.raises(ServerError, match="UNAVAILABLE"):
+            client.is_serving(timeout=5)
         with pytest.raises(ServerError, match="UNAVAILABLE"):
             client.load()
         with pytest.raises(TimeoutError, match=r"0\.2 s"):
