@@ -370,13 +370,3 @@ def parse_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
     return int(text)
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Runs ``main``; errors a user can mend end the program with one line and status 1."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

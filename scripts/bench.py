@@ -15,6 +15,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.entry import run_main
+
 # Command -> its module and what it measures. Only the module of the command that runs is imported:
 # what drives a server needs no JAX. Those that make engines of their own compile them.
 COMMANDS = {
@@ -28,13 +30,8 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point ``jaxinfer-bench``; errors a user can mend are one line and status 1."""
-    try:
-        bench()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    """Entry point ``jaxinfer-bench``."""
+    run_main(bench)
 
 
 def bench() -> None:

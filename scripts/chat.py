@@ -17,8 +17,8 @@ if __package__ in (None, ""):  # run as a file: the packages lie beside this fol
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jaxinfer.request import LIMITS
-from scripts.assembly import run_main
 from scripts.chat_options import generate_options, parse_arguments
+from scripts.entry import run_main
 from serving.client import Client, ServerError
 from serving.events import (
     Delta,

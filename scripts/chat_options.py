@@ -6,7 +6,11 @@ from dataclasses import fields
 from typing import Any, cast
 
 from jaxinfer.request import SamplingParams
-from scripts.generate import add_sampling_options, checked_text_options, sampling_params
+from scripts.sampling_options import (
+    add_sampling_options,
+    checked_text_options,
+    sampling_params,
+)
 from serving.client import DEFAULT_TARGET
 from serving.events import GenerateOptions, Message, generate_request
 

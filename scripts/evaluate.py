@@ -17,13 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxinfer.request import Request
-from scripts.assembly import (
-    LoadedModel,
-    add_engine_options,
-    largest_shape,
-    load_model,
-    run_main,
-)
+from scripts.assembly import LoadedModel, add_engine_options, largest_shape, load_model
+from scripts.entry import run_main
 from scripts.phases import Phases
 
 MAX_TEXT_BYTES = 256 << 20

@@ -22,7 +22,8 @@ from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
-from scripts.assembly import add_engine_options, load_model, run_main
+from scripts.assembly import add_engine_options, load_model
+from scripts.entry import run_main
 from scripts.phases import Phases
 from scripts.prompt_lines import parse_lines
 from scripts.sampling_options import add_sampling_options, checked_text_options, sampling_params

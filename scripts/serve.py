@@ -13,14 +13,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.assembly import (
-    add_engine_options,
-    load_model,
-    more_engines,
-    parse_count,
-    plan_model,
-    run_main,
-)
+from scripts.assembly import add_engine_options, load_model, more_engines, parse_count, plan_model
+from scripts.entry import run_main
 from scripts.explain_sharding import explain_sharding
 from scripts.memory import memory_table
 from scripts.phases import Phases
