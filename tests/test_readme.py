@@ -31,11 +31,16 @@ ELSEWHERE = {
     r"make (lint)": (".ci/run", "phase .venv/bin/ruff check"),
     r"make \w+ EXTRAS=gpu\b.*": ("tests/gpu/test_serve.py", '"scripts/serve.py"), "--gpu"'),
     # Minutes, for what they compile.
+    r"make (?:peers|bench-peers)\b.*": (
+        "tests/scripts/test_bench_peers.py",
+        "def test_make_",
+    ),
     r".*bench(?:\.py)? invariance\b.*": (
         "tests/scripts/test_bench.py",
         'run("bench", "invariance"',
     ),
     r".*bench(?:\.py)? load\b.*": ("tests/scripts/test_bench.py", 'run("bench", "load"'),
+    r"uv build --wheel": ("tests/test_wheel.py", 'run_tool(uv, "build", "--wheel"'),
     r"(?:uv )?pip install .*": ("tests/test_wheel.py", "def test_the_installed_server"),
 }
 # No machine that the project has can run these: the paragraph has to say so.
@@ -48,6 +53,7 @@ INLINE = re.compile(
 ADDRESS = "127.0.0.1:50051"  # where the README's server listens
 SERVES = re.compile(r"make serve\b|(\S*python3? scripts/serve\.py|jaxinfer-serve)\b")
 ENDS = re.compile(r"--(help|explain-sharding)\b")
+TALKS = re.compile(r"\b(chat(\.py)?|bench(\.py)? serve)\b")  # to a server, at ADDRESS by default
 SENTENCES = [{"prompt": "The sea is"}, {"messages": [{"role": "user", "content": "Hello"}]}]
 UNTRACKED = (".*", "__pycache__", "build", "dist", "*.egg-info")
 
@@ -226,7 +232,7 @@ def prepare(text: str, checkout: Path) -> str:
     models = [*re.findall(r"--model[ =](\S+\.gguf)", text), "tiny.gguf"]
     for name in models:
         (checkout / name).write_bytes(llama_bytes(llama__context_length=(UINT32, 8192)))
-    if re.search(r"\bbench(\.py)? \w", text) and "--model" not in text:
+    if re.search(r"\bbench(\.py)? (?!serve)\w", text) and "--model" not in text:
         text += " --model tiny.gguf"
     return text
 
@@ -247,6 +253,8 @@ def test_a_command_runs(command: Command, checkout: Path, request: pytest.Fixtur
         for shown in re.findall(r"^SERVING .*$", command.output, re.MULTILINE):
             assert line.rpartition(":")[0] == shown.rpartition(":")[0]
         return
+    if TALKS.search(text) and "--address" not in text:
+        text = TALKS.sub(rf"\g<0> --address {ADDRESS}", text)
     shown_by = [content for name, content in FILES.items() if name in text.split()]
     if ADDRESS in text + "".join(shown_by):
         address = request.getfixturevalue("address")

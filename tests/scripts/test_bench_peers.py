@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from scripts.bench_peers import Conditions, PeerFigures, Point, Sample
 from scripts.idle_machine import ForeignUse, busy_seconds, process_seconds, wait_until_idle
 from scripts.peer_process import PeerCommand, PeerError, PeerProcess
 
+ROOT = Path(__file__).resolve().parents[2]
 READY = {"weights": "", "activations": "", "timed": "", "versions": {}}
 QUICK = Conditions(rounds=3, idle_cores=64.0, max_wait_seconds=0.0, timeout_seconds=20.0)
 PREFILL, DECODE = Point("prefill", 1, 128, 0, 2), Point("decode", 4, 16, 8, 3)
@@ -231,3 +233,20 @@ def test_points_have_names_of_their_own() -> None:
     names = [point.name for point in bench_peers.POINTS]
     assert len(set(names)) == len(names)
     assert {"prefill_2048", "decode_b1", "decode_b32", "decode_b1_ctx1024"} <= set(names)
+
+
+def test_make_builds_peers_and_measures_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the targets would run; the peers themselves are gigabytes."""
+    made = [".venv/.runtime", ".venv/bin/python"]
+    flags = ["PEERS=p", "PEERS_ONLY=transformers", "ARGS=--rounds 1"]
+    dry_run = ["make", "-n", *(f"-o{name}" for name in made), *flags]
+    shown = subprocess.run(
+        [*dry_run, "peers", "bench-peers"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert "torch" in shown
+    assert "transformers" in shown
+    command = shown.replace("\\\n", " ").rpartition("scripts/")[2]
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    options = bench_peers.parse_arguments()
+    assert options.only == ["jaxinfer", "jaxinfer-fast", "transformers"]
+    assert options.rounds == 1
