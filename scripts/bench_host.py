@@ -30,6 +30,11 @@ FEATURES: dict[str, dict[str, Any]] = {
         "logprobs": 20,
     },
 }
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "synchronous": {"steps_ahead": 0, "max_steps_per_call": 1},
+    "asynchronous": {"steps_ahead": 1, "max_steps_per_call": 1},
+    "asynchronous, 4 steps a call": {"steps_ahead": 1, "max_steps_per_call": 4},
+}
 PHASES = ("schedule", "pack", "dispatch", "convert", "update")
 
 
@@ -45,12 +50,12 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a decode step, all slots in use; asynchronous against waiting for each step."""
+    """Milliseconds a decode step, all slots in use: waiting for each, ahead, and several a call."""
     figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.engine_config.max_num_seqs}
     shapes = [loaded.engine.shapes[-1]]
     shapes += [shape for shape in loaded.engine.shapes if not shape.num_tiles]
-    for name, steps_ahead in (("synchronous", 0), ("asynchronous", 1)):
-        engine = new_engine(loaded, shapes, steps_ahead=steps_ahead)
+    for name, changes in ARRANGEMENTS.items():
+        engine = new_engine(loaded, shapes, **changes)
         lengths = [32] * loaded.engine_config.max_num_seqs
         prompts = random_prompts(loaded.model.vocab_size, lengths)
         measure(engine, requests_of(prompts, 4))
@@ -58,7 +63,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         # The prompts are found in the prefix cache, so that nearly all steps are decodes.
         measured = measure(engine, requests_of(prompts, options.num_steps), name)
         after, cpu_after = engine.host_seconds, engine.host_cpu_seconds
-        num_steps = after["read"] - before["read"]
+        num_steps = options.num_steps
         figures[name] = {
             f"{phase}_ms": round(1e3 * (after[phase] - before[phase]) / num_steps, 4)
             for phase in (*PHASES, "wait")
@@ -72,10 +77,11 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             "host_ms": round(host + detokenize, 4),
             "host_cpu_ms": round(1e3 * cpu / num_steps + detokenize, 4),
             "dispatch_cpu_ms": round(1e3 * dispatch / num_steps, 4),
+            "calls": int(after["read"] - before["read"]),
             "step_ms": round(1e3 * measured.seconds / num_steps, 4),
             "tokens_per_second": round(measured.num_output_tokens / measured.seconds, 2),
         }
-        if steps_ahead:
+        if changes == ARRANGEMENTS["asynchronous"]:
             figures["decode_step_ms"] = feature_times(loaded, engine)
         del engine
     return figures | {"scheduler": [scheduler_times(num_running) for num_running in (16, 64)]}

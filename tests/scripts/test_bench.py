@@ -42,7 +42,7 @@ def test_one_output_token_has_no_decode_rate(run: Run) -> None:
 
 def test_host_times_add_up(run: Run) -> None:
     (figures,) = run("bench", "host", "--num-steps", "8", "--json").lines
-    for name in ("synchronous", "asynchronous"):
+    for name in ("synchronous", "asynchronous", "asynchronous, 4 steps a call"):
         times = figures[name]
         parts = ("schedule", "pack", "dispatch", "convert", "update", "detokenize")
         total = sum(times[f"{part}_ms"] for part in parts)
