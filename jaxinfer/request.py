@@ -65,7 +65,7 @@ class SamplingParams:
       (Keskar et al. 2019);
     - ``presence_penalty`` and ``frequency_penalty``: l - presence [c > 0] - frequency c;
     - ``logit_bias``, pairs of token id and what is added to its l, no id twice;
-    - ``temperature`` divides l;
+    - ``temperature`` divides l; 0 and what float32 takes for it (below 1.2e-38) is greedy;
     - ``top_k`` keeps the k most probable tokens (0: all), ``top_p`` the most probable ones whose
       probabilities sum to p, ``min_p`` those at least min_p times as probable as the most probable
       one. Tokens tied with the last survivor are kept.
