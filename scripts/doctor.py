@@ -74,7 +74,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
         "models": attempt(doctor_machine.cached_models),
         "port": attempt(doctor_machine.port),
     }
-    found = look_for_devices(options, report["memory"]["cgroup_free_bytes"])
+    found = look_for_devices(options)
     report |= {"devices": found, "fits": found.pop("fits", [])}
     problems = list(find_problems(report))
     can_serve = not any(problem["prevents_serving"] for problem in problems)
@@ -89,13 +89,12 @@ def attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": one_line(f"{type(error).__name__}: {error}")}
 
 
-def look_for_devices(options: argparse.Namespace, host_limit: int | None) -> dict[str, Any]:
+def look_for_devices(options: argparse.Namespace) -> dict[str, Any]:
     """``devices`` and ``fits``, or ``error``, from a process that may hang or end as it likes."""
     script = Path(__file__).with_name("doctor_devices.py")
     command = [sys.executable, str(script)]
     command += [f"--{name}" for name in PLATFORM_FLAGS[:2] if getattr(options, name)]
     command += ["--tpu", options.tpu] if options.tpu is not None else []
-    command += ["--host-limit", str(host_limit)] if host_limit is not None else []
     # JAX would take three quarters of a GPU at once, from whoever is using it.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     try:

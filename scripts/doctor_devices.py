@@ -83,7 +83,6 @@ SHAPES = {
 def main() -> None:
     """Prints one line of JSON; ``error`` is in it where no device was found."""
     parser = argparse.ArgumentParser(description="Devices and what would fit, as JSON.")
-    parser.add_argument("--host-limit", type=int, help="bytes that a cgroup leaves free")
     add_engine_options(parser)
     options = parser.parse_args()
     try:
@@ -138,8 +137,6 @@ def fit(
         return result | {"refusal": str(error)}
     result |= {"parameter_bytes": parameters, "kv_token_bytes": page}
     free = [size for device in devices if (size := free_bytes(device)) is not None]
-    if devices[0].platform == "cpu" and options.host_limit is not None:
-        free.append(options.host_limit)
     if free:
         result["most_kv_tokens"] = max(0, min(free) - parameters) * len(devices) // page
     try:

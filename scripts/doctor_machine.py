@@ -11,10 +11,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from scripts.cgroup_memory import cgroup_memory, lines_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,7 +123,7 @@ def cores() -> dict[str, int | None]:
 def host_memory() -> dict[str, int | None]:
     """Bytes; None where the system does not tell."""
     found: dict[str, int] = {}
-    for line in _lines(Path("/proc/meminfo")):
+    for line in lines_of(Path("/proc/meminfo")):
         name, _, value = line.partition(":")
         if value.split()[:1] and value.split()[0].isdecimal():
             found[name] = int(value.split()[0]) * 1024
@@ -136,45 +137,6 @@ def host_memory() -> dict[str, int | None]:
         "cgroup_limit_bytes": limit,
         "cgroup_free_bytes": free,
     }
-
-
-def cgroup_memory(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> tuple[int | None, int | None]:
-    """The lowest limit of this process's cgroups and their parents, and what it leaves free."""
-    limits: list[tuple[int, int | None]] = []
-    for folder, limit_name, usage_name, reclaimable in _memory_cgroups(membership, root):
-        limit, usage = _number(folder / limit_name), _number(folder / usage_name)
-        # Without a limit version 2 says "max", version 1 nearly 2**63.
-        if limit is None or limit >= 1 << 60:
-            continue
-        for line in _lines(folder / "memory.stat"):
-            name, _, value = line.partition(" ")
-            # Cached files count as used, and go when memory is wanted.
-            if name == reclaimable and value.isdecimal() and usage is not None:
-                usage -= min(usage, int(value))
-        limits.append((limit, None if usage is None else max(0, limit - usage)))
-    frees = [free for _, free in limits if free is not None]
-    return min((limit for limit, _ in limits), default=None), min(frees, default=None)
-
-
-def _memory_cgroups(membership: Path, root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    for line in _lines(membership):
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        inside = Path(path.lstrip("/"))
-        if ".." in inside.parts:  # outside of this namespace: not to be seen from here
-            inside = Path()
-        if not controllers:
-            base = root
-            limit, usage, reclaimable = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            reclaimable = "total_inactive_file"
-        else:
-            continue
-        for part in (inside, *inside.parents):
-            yield base / part, limit, usage, reclaimable
 
 
 def caches() -> dict[str, dict[str, Any]]:
@@ -260,15 +222,3 @@ def without_home(value: Any) -> Any:
     for home in sorted(homes - {"/", "~", ""}, key=len, reverse=True):
         value = re.sub(rf"(?<![\w.~-]){re.escape(home.rstrip('/'))}(?![\w.-])", "~", value)
     return value
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _number(path: Path) -> int | None:
-    lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdecimal() else None

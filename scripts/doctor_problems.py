@@ -96,14 +96,5 @@ def _memory(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if report["fits"] and report["fits"][0]["kv_tokens"] is None:
         what = f"the default model does not fit ({report['fits'][0]['refusal']})"
         yield _problem(what, "Free memory, or give --kv-memory and --max-model-len", True)
-    memory = report["memory"]
-    free, limit = memory["free_bytes"], memory["cgroup_free_bytes"]
-    kinds = {device["platform"] for device in report["devices"].get("devices", ())}
-    if "cpu" in kinds and None not in (free, limit) and limit < free:
-        what = (
-            f"the cgroup leaves {limit >> 20} MiB, less than the {free >> 20} MiB that the system "
-            f"calls free and a start plans with"
-        )
-        yield _problem(what, "Give --kv-memory what is left beside the parameters")
-    if sys.platform.startswith("linux") and free is None:
+    if sys.platform.startswith("linux") and report["memory"]["free_bytes"] is None:
         yield _problem("/proc/meminfo does not tell what is free", "Give --kv-memory")

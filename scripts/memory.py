@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jaxinfer.engine import Engine
 from jaxinfer.sharding import Device
+from scripts.cgroup_memory import cgroup_memory, lines_of
 
 MIB = 1 << 20
 
@@ -41,13 +42,10 @@ def memory_table(engine: Engine, devices: list[Device]) -> str:
 
 
 def _available_host_bytes() -> int | None:
-    """What Linux would give without swapping; unknown elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
+    """What Linux, or a container's limit, would give without swapping; unknown elsewhere."""
+    free = [free] if (free := cgroup_memory()[1]) is not None else []
+    for line in lines_of(Path("/proc/meminfo")):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+            free.append(int(value.split()[0]) * 1024)
+    return min(free, default=None)

@@ -125,7 +125,7 @@ def look_with(
     script.chmod(0o755)
     monkeypatch.setattr(doctor.sys, "executable", str(script))
     monkeypatch.setattr("sys.argv", ["doctor", "--timeout", "1", *flags])
-    return doctor.look_for_devices(doctor.parse_arguments(), 7)
+    return doctor.look_for_devices(doctor.parse_arguments())
 
 
 def test_devices_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_devices_that_fail(
 def test_flags_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = f"""echo "$@" "$XLA_PYTHON_CLIENT_PREALLOCATE" > {tmp_path}/flags; echo '{{}}'"""
     look_with(program, tmp_path, monkeypatch, "--tpu", "v5e")
-    expected = f"{ROOT}/scripts/doctor_devices.py --tpu v5e --host-limit 7 false\n"
+    expected = f"{ROOT}/scripts/doctor_devices.py --tpu v5e false\n"
     assert (tmp_path / "flags").read_text() == expected
 
 
@@ -207,7 +207,6 @@ def test_the_default_model_has_its_shape() -> None:
 def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 30 layers x 2 x 3 kv heads x 64 x 4 bytes are 46,080 bytes a token."""
     parser = doctor_devices.argparse.ArgumentParser()
-    parser.add_argument("--host-limit", type=int)
     assembly.add_engine_options(parser)
     options = parser.parse_args([])
     model, devices = doctor_devices.SHAPES[assembly.DEFAULT_MODEL], jax.devices()[:1]
@@ -222,7 +221,8 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         "most_kv_tokens": (3 << 30) // 46080,
         "refusal": None,
     }
-    options.host_limit = parameters + 46080 * 5 + 1
+    for module in (assembly, doctor_devices):
+        monkeypatch.setattr(module, "free_bytes", lambda _: parameters + 46080 * 5 + 1)
     assert doctor_devices.fit(model, "float32", devices, options)["most_kv_tokens"] == 5
     for module in (assembly, doctor_devices):
         monkeypatch.setattr(module, "free_bytes", lambda _: 1 << 20)
@@ -269,37 +269,6 @@ def test_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (found["exists"], found["files"], found["bytes"]) == (True, 2, 8)
     monkeypatch.setattr(doctor_machine.os, "access", lambda *_: False)  # root may write anywhere
     assert not doctor_machine.caches()["models"]["writable"]
-
-
-def test_limits_of_cgroups(tmp_path: Path) -> None:
-    membership, root = tmp_path / "cgroup", tmp_path / "fs"
-    inner = root / "outer" / "inner"
-    inner.mkdir(parents=True)
-
-    def memory() -> tuple[int | None, int | None]:
-        return doctor_machine.cgroup_memory(membership, root)
-
-    assert memory() == (None, None)
-    membership.write_text("0::/outer/inner\n")
-    (inner / "memory.max").write_text("max\n")
-    (root / "outer" / "memory.max").write_text("1000\n")
-    assert memory() == (1000, None)
-    (root / "outer" / "memory.current").write_text("700\n")
-    assert memory() == (1000, 300)
-    (root / "outer" / "memory.stat").write_text("anon 9\ninactive_file 200\n")
-    assert memory() == (1000, 500)
-    (inner / "memory.max").write_text("800\n")
-    (inner / "memory.current").write_text("900\n")
-    assert memory() == (800, 0)
-    membership.write_text("0::/../../elsewhere\n")
-    assert memory() == (None, None)
-    # Version 1, beside an empty version 2.
-    membership.write_text("nonsense\n5:cpu,memory:/a\n0::/\n")
-    (root / "memory" / "a").mkdir(parents=True)
-    (root / "memory" / "a" / "memory.limit_in_bytes").write_text("64\n")
-    (root / "memory" / "a" / "memory.usage_in_bytes").write_text("4\n")
-    (root / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert memory() == (64, 60)
 
 
 def test_the_port(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from scripts import doctor
 from scripts.doctor_problems import find_problems
-from tests.scripts.doctor_report import FIT, GIB, HEALTHY
+from tests.scripts.doctor_report import FIT, HEALTHY
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -51,11 +51,6 @@ def test_a_healthy_machine() -> None:
         ({"models__m": False}, "not in the cache: m", False),
         ({"caches__models__disk_free_bytes": 5 << 20}, "has 5 MiB free", False),
         ({"port__state": "taken", "port__detail": "why"}, "cannot be listened on (why)", True),
-        (
-            {"memory__cgroup_limit_bytes": 2 * GIB, "memory__cgroup_free_bytes": GIB},
-            "the cgroup leaves 1024 MiB, less than the 8192 MiB",
-            False,
-        ),
         (
             {"fits": [FIT | {"kv_tokens": None, "refusal": "too small"}]},
             "the default model does not fit (too small)",
