@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,9 @@ INLINE = re.compile(
 ADDRESS = "127.0.0.1:50051"  # where the README's server listens
 SERVES = re.compile(r"make serve\b|(\S*python3? scripts/serve\.py|jaxinfer-serve)\b")
 ENDS = re.compile(r"--(help|explain-sharding)\b")
-TALKS = re.compile(r"\b(chat(\.py)?|bench(\.py)? serve)\b")  # to a server, at ADDRESS by default
+TALKS = re.compile(
+    r"(\bchat\.py|jaxinfer-chat|\bbench(\.py)? serve)\b"
+)  # to a server, at ADDRESS by default
 SENTENCES = [{"prompt": "The sea is"}, {"messages": [{"role": "user", "content": "Hello"}]}]
 UNTRACKED = (".*", "__pycache__", "build", "dist", "*.egg-info")
 
@@ -163,6 +165,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def without_make(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the tests' own ``make test`` hands down would make others speak of folders."""
+    return {name: value for name, value in environment.items() if not name.startswith("MAKE")}
+
+
 def start(text: str, checkout: Path) -> subprocess.Popen[str]:
     """A command of the README in a shell, in a process group of its own."""
     # The environment is there already; what make would install is installed by .ci/run.
@@ -177,7 +184,10 @@ def start(text: str, checkout: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={
+            **without_make(os.environ),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
     )
 
 

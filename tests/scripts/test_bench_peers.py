@@ -239,6 +239,8 @@ def test_make_builds_peers_and_measures_beside_them(monkeypatch: pytest.MonkeyPa
     """What the targets would run; the peers themselves are gigabytes."""
     made = [".venv/.runtime", ".venv/bin/python"]
     flags = ["PEERS=p", "PEERS_ONLY=transformers", "ARGS=--rounds 1"]
+    monkeypatch.delenv("MAKEFLAGS", raising=False)  # of the tests' own make
+    monkeypatch.delenv("MAKELEVEL", raising=False)
     dry_run = ["make", "-n", *(f"-o{name}" for name in made), *flags]
     shown = subprocess.run(
         [*dry_run, "peers", "bench-peers"], cwd=ROOT, check=True, capture_output=True, text=True
