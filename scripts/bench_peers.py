@@ -105,6 +105,8 @@ def bench_peers(options: argparse.Namespace) -> None:
     """Runs all rounds; prints and writes the figures."""
     if options.output and not options.output.parent.is_dir():
         raise ValueError(f"{options.output}: the folder {options.output.parent} does not exist")
+    if options.output and options.output.is_dir():
+        raise ValueError(f"{options.output} is a folder, not a file to write")
     model = resolve(options.model).resolve()
     names = dict.fromkeys(options.only or [*OURS, *OTHERS])
     peers = [command_of(name, model, options) for name in names]

@@ -130,6 +130,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for path in filter(None, (options.output, options.plot)):
         if not path.parent.is_dir():  # said now, not after an hour
             raise ValueError(f"{path}: the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a file to write")
     if options.plot:
         check_plot(options.plot)
     lines = read_prompts(options) if options.prompts else None

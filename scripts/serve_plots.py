@@ -15,7 +15,9 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"--plot draws a PNG file, got {path.name!r:.80}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: install jaxinfer[plot]")
+        raise ValueError(
+            "--plot needs matplotlib: make setup in a checkout, or pip install matplotlib"
+        )
 
 
 def draw_run(figures: dict[str, Any], records: Sequence[RequestRecord], path: Path) -> None:

@@ -305,6 +305,8 @@ def test_what_cannot_be_written_or_served_is_said_first(
 ) -> None:
     with pytest.raises(SystemExit, match=r"the folder .* does not exist"):
         bench_serve("--output", str(tmp_path / "no" / "figures.json"))
+    with pytest.raises(SystemExit, match=r"is a folder, not a file to write"):
+        bench_serve("--output", str(tmp_path))
     with pytest.raises(SystemExit, match=r"--plot draws a PNG file, got 'plot\.svg'"):
         bench_serve("--plot", str(tmp_path / "plot.svg"))
     too_long = ["--random-input-len", "500", "--random-output-len", "13"]
