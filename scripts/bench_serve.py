@@ -155,7 +155,10 @@ async def drive(
             records, duration = await send(client, load, options)
             figures = summarize(records, duration, options.percentiles, dict(options.goodput))
             if not figures["completed"]:
-                raise ValueError(f"all requests failed: {'; '.join(figures['errors'])}")
+                error = f"all requests failed: {'; '.join(figures['errors'])}"
+                if runs and options.output:  # the rates before took their time
+                    write_json(options.output, common | {"points": runs, "error": error})
+                raise ValueError(error)
             rate_name = "inf" if rate == math.inf else rate
             runs.append(common | {"request_rate": rate_name} | figures)
     if len(runs) == 1:
@@ -164,12 +167,16 @@ async def drive(
         points = [{key: value for key, value in run.items() if key not in common} for run in runs]
         figures = common | {"points": points}
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(options.output, figures)
     if options.plot and len(runs) == 1:
         draw_run(figures, records, options.plot)
     elif options.plot:
         draw_rates(figures, options.plot)
     return figures
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 async def greet(client: AsyncClient, address: str) -> pb.GetModelInfoResponse:

@@ -237,7 +237,7 @@ def read_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"prompt": prompt} for prompt in options.prompts]
     if options.input == "-":
         return parse_lines(sys.stdin)
-    with Path(options.input).open(encoding="utf-8") as file:
+    with Path(options.input).open(encoding="utf-8-sig") as file:
         return parse_lines(file)
 
 

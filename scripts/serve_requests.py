@@ -71,7 +71,7 @@ def count_prompts(options: argparse.Namespace, lines: Sequence[dict[str, Any]] |
 def read_prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The checked lines of ``--prompts``."""
     try:
-        with options.prompts.open(encoding="utf-8") as file:
+        with options.prompts.open(encoding="utf-8-sig") as file:
             return parse_lines(file)
     except ValueError as error:
         raise ValueError(f"{options.prompts}: {error}") from error

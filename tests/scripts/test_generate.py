@@ -121,6 +121,13 @@ def test_bad_lines_are_named(run: Run, tmp_path: Path, line: object, message: st
     assert result.stdout == ""
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"token_ids": [1, 2]}\n')
+    result = run("generate", "--input", str(path), "--json", "--quiet", "--max-tokens", "1")
+    assert [line["prompt_token_ids"] for line in result.lines] == [[1, 2]]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
