@@ -20,6 +20,16 @@ from jaxinfer.schedule import (
 VOCAB_SIZE = 11
 EOS_TOKEN_ID = 0
 
+# Three sequences want up to 72 positions; there are 32, so preemption is the rule.
+TIGHT = EngineConfig(
+    max_num_seqs=3,
+    max_num_batched_tokens=16,
+    max_model_len=24,
+    page_size=4,
+    num_pages=8,
+    chunk_tile=8,
+)
+
 
 def make_request(request_id: str, prompt_len: int, max_tokens: int, **fields) -> Request:
     """A prompt that its id decides; tokens are 1 to 10, 0 ends a text."""

@@ -4,9 +4,6 @@ import dataclasses
 from collections import deque
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxinfer import prefix_cache
 from jaxinfer.config import EngineConfig
@@ -14,17 +11,7 @@ from jaxinfer.request import FinishReason, Request
 from jaxinfer.schedule import RequestOutput, Schedule, SequenceOutput, StepOutput
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sequence import Sequence
-from tests.jaxinfer.fake_device import EOS_TOKEN_ID, FakeDevice, make_request, solo
-
-# Three sequences want up to 72 positions; there are 32, so preemption is the rule.
-TIGHT = EngineConfig(
-    max_num_seqs=3,
-    max_num_batched_tokens=16,
-    max_model_len=24,
-    page_size=4,
-    num_pages=8,
-    chunk_tile=8,
-)
+from tests.jaxinfer.fake_device import EOS_TOKEN_ID, TIGHT, FakeDevice, make_request, solo
 
 
 def run_to_the_end(scheduler: Scheduler, device: FakeDevice) -> dict[str, list[RequestOutput]]:
@@ -461,144 +448,3 @@ def test_ten_times_the_pages_are_asked_for() -> None:
     for request in requests:
         assert joined(outputs[request.request_id]) == solo(request)
     assert scheduler.stats.num_preemptions > 0
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, go and run in any order, with calls sent ahead and not yet read."""
-
-    config = TIGHT
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler = Scheduler(self.config)
-        self.device = FakeDevice(self.config)
-        self.requests: dict[tuple[str, int], Request] = {}
-        self.outputs: dict[tuple[str, int], tuple[int, ...]] = {}
-        self.in_flight: deque[tuple[Schedule, StepOutput]] = deque()
-        self.num_added = 0
-
-    @rule(
-        family=st.integers(1, 3),
-        prompt_len=st.integers(1, TIGHT.max_model_len - 1),
-        max_tokens=st.integers(1, TIGHT.max_model_len - 1),
-        ignore_eos=st.booleans(),
-        n=st.sampled_from([1, 1, 2, 4]),
-        priority=st.integers(-1, 1),
-        cache_salt=st.sampled_from(["", "", "other"]),
-        wants_logprobs=st.booleans(),
-    )
-    def add(
-        self,
-        family: int,
-        prompt_len: int,
-        max_tokens: int,
-        n: int,
-        wants_logprobs: bool,
-        **fields: object,
-    ) -> None:
-        self.num_added += 1
-        max_tokens = min(max_tokens, self.config.max_model_len - prompt_len)
-        # Few families of prompts, of which one is the beginning of the other.
-        prompt = make_request("x" * family, prompt_len, 1).prompt_token_ids
-        request = Request(
-            str(self.num_added),
-            prompt,
-            max_tokens,
-            eos_token_ids=(EOS_TOKEN_ID,),
-            min_tokens=max_tokens // 3,
-            n=n,
-            logprobs=1 if wants_logprobs else None,
-            prompt_logprobs=0 if wants_logprobs else None,
-            **fields,  # type: ignore[arg-type]
-        )
-        self.scheduler.add(request, self.num_added / 2)
-        for choice in range(n):
-            self.requests[request.request_id, choice] = request
-            self.outputs[request.request_id, choice] = ()
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data(), only_one=st.booleans())
-    def abort(self, data: st.DataObject, only_one: bool) -> None:
-        request_id, choice = data.draw(st.sampled_from(sorted(self.requests)))
-        outputs = self.scheduler.abort(request_id, choice if only_one else None)
-        for output in outputs:
-            key = request_id, output.choice
-            request = self.requests.pop(key)
-            assert output.num_output_tokens == len(self.outputs[key])
-            known = solo(request, output.choice)[0][: output.num_output_tokens]
-            assert known == self.outputs[key]
-        assert (request_id, choice) not in self.requests
-        assert only_one or not self.scheduler.is_live(request_id)
-
-    @precondition(lambda self: len(self.in_flight) < 3)
-    @rule()
-    def send(self) -> None:
-        schedule = self.scheduler.schedule()
-        assert schedule or self.in_flight or not self.requests, "requests, and nothing to run"
-        self.in_flight.append((schedule, self.device.run(schedule)))
-
-    @precondition(lambda self: self.in_flight)
-    @rule()
-    def read(self) -> None:
-        for output in self.scheduler.update(*self.in_flight.popleft()):
-            key = output.request_id, output.choice
-            request = self.requests[key]
-            is_first = not self.outputs[key]
-            self.outputs[key] += output.token_ids
-            so_far = self.outputs[key]
-            assert output.num_output_tokens == len(so_far)
-            token_ids, reason = solo(request, output.choice)
-            assert so_far == token_ids[: len(so_far)]
-            assert output.finish_reason == (reason if so_far == token_ids else None)
-            if request.logprobs is not None:
-                assert tuple(e.token_id for e in output.logprobs) == output.token_ids
-            is_scored = is_first and output.choice == 0 and request.prompt_logprobs is not None
-            wanted = request.prompt_token_ids if is_scored else ()
-            assert len(output.prompt_logprobs) == len(wanted)
-            assert tuple(e.token_id for e in output.prompt_logprobs if e) == wanted[1:]
-            if output.finish_reason:
-                del self.requests[key]
-
-    @rule(num_calls=st.integers(1, 12), ahead=st.integers(0, 2))
-    def run_calls(self, num_calls: int, ahead: int) -> None:
-        for _ in range(num_calls):
-            while len(self.in_flight) > ahead:
-                self.read()
-            self.send()
-
-    @invariant()
-    def books_agree(self) -> None:
-        self.scheduler.check_integrity()
-        stats = self.scheduler.stats
-        assert stats.num_waiting + stats.num_running == len(self.requests)
-        assert stats.num_running <= self.config.max_num_seqs
-        assert stats.num_cached_pages <= stats.num_free_pages
-
-    def teardown(self) -> None:
-        """Whatever state the rules have led to, every request left finishes from there."""
-        while self.in_flight:
-            self.read()
-        # Alone, each would need at most one call a token for prompt and output.
-        for _ in range(self.config.max_model_len * len(self.requests)):
-            if not self.scheduler.has_unfinished:
-                break
-            self.send()
-            self.read()
-        assert not self.requests
-        assert not self.scheduler.has_unfinished
-        self.scheduler.check_integrity()
-        assert self.scheduler.stats.num_free_pages == self.config.num_pages
-
-
-class SeveralStepsMachine(SchedulerMachine):
-    """The same with calls of several steps, and more room so that they occur."""
-
-    config = EngineConfig(
-        **{**vars(TIGHT), "max_steps_per_call": 4, "num_pages": 24, "prefix_cache": False}
-    )
-
-
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40)
-TestSeveralStepsMachine = SeveralStepsMachine.TestCase
-TestSeveralStepsMachine.settings = settings(max_examples=75, stateful_step_count=40)
