@@ -3,39 +3,59 @@
 One call serves decodes, prompt chunks and draft verification: they differ only in how many query
 rows a tile has. Axis letters: T query rows, N tiles, S sequences, P pages per sequence, H query
 heads, G kv heads, D head dim.
+
+How pages lie in memory is each backend's own affair: ``abstract_kv_pages`` picks the backend by the
+platform, and from then on the pages' type does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention import reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.tiles import KVPages, QueryTiles, RaggedBatch
 
-__all__ = ["IMPLEMENTATIONS", "KVPages", "QueryTiles", "RaggedBatch", "kv_pages_shapes"]
-__all__ += ["ragged_paged_attention"]
+__all__ = ["IMPLEMENTATIONS", "PLATFORMS", "KVPages", "QueryTiles", "RaggedBatch"]
+__all__ += ["abstract_kv_pages", "ragged_paged_attention"]
 
 # The first that does not decline is taken; `reference` is the definition, never the fast path.
-IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
-    "xla": xla.ragged_paged_attention,
-    "reference": reference.ragged_paged_attention,
-}
+# A backend is a module with `abstract_kv_pages`, `from_logical`, `to_logical` and the operation.
+IMPLEMENTATIONS: Mapping[str, Any] = {"tpu": tpu, "xla": xla, "reference": reference}
+# Backends that are for one platform only.
+PLATFORMS: Mapping[str, str] = {"tpu": "tpu"}
 
 
-def kv_pages_shapes(
-    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int
-) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Shapes of one layer's key pages [pages, G, D, page_size] and value pages [.., page_size, D].
+def abstract_kv_pages(
+    platform: str,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    device_kind: str = "",
+    backend: str | None = None,
+) -> KVPages:
+    """Shapes and dtypes of one layer's pages, of the first backend for ``platform`` to take them.
 
-    Kv heads come before tokens, so that a gathered block is one matrix a head, and keys lie
-    transposed, as the product with queries wants them: see docs/log.md for what else was measured.
+    ``backend`` names one of ``IMPLEMENTATIONS``, whatever the platform. ``device_kind``: whose
+    tuned block sizes are taken. Raises ``ValueError`` for an unknown backend and
+    ``NotImplementedError`` with every backend's reason when all decline.
     """
-    return (
-        (num_pages, num_kv_heads, head_dim, page_size),
-        (num_pages, num_kv_heads, page_size, head_dim),
-    )
+
+    def declines(name: str) -> None:
+        raise NotImplementedError(f"runs on {PLATFORMS[name]} only")
+
+    makers = {
+        name: module.abstract_kv_pages
+        if name == backend or PLATFORMS.get(name, platform) == platform
+        else lambda *_, name=name: declines(name)
+        for name, module in IMPLEMENTATIONS.items()
+    }
+    shape = (num_pages, page_size, num_kv_heads, head_dim)
+    return dispatch("KV pages", makers, backend, *shape, dtype, device_kind)
 
 
 def ragged_paged_attention(
@@ -48,21 +68,17 @@ def ragged_paged_attention(
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
-    backend: str | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """Writes new keys and values to their pages, then attends causally over each row's sequence.
 
-    ``queries`` [T, H, D], ``keys`` and ``values`` [T, G, D], ``kv_pages`` as ``kv_pages_shapes``.
-    With ``sliding_window`` w the row at position i sees positions i-w+1 .. i; ``logit_soft_cap`` c
-    replaces a score x by c tanh(x / c). ``backend`` names one of ``IMPLEMENTATIONS``.
+    ``queries`` [T, H, D], ``keys`` and ``values`` [T, G, D], ``kv_pages`` of the form that
+    ``abstract_kv_pages`` gives: their backend runs. With ``sliding_window`` w the row at position i
+    sees positions i-w+1 .. i; ``logit_soft_cap`` c replaces a score x by c tanh(x / c).
     Returns (outputs [T, H, D], kv_pages); donate ``kv_pages`` or they are copied.
     Raises ``ValueError`` for shapes that do not fit together.
     """
     rows, num_heads, head_dim = queries.shape
-    shapes = tuple(pages.shape for pages in kv_pages)
-    num_pages, num_kv_heads, page_size, _ = shapes[1]
-    if shapes != kv_pages_shapes(num_pages, page_size, num_kv_heads, head_dim):
-        raise ValueError(f"kv_pages {shapes} do not hold head_dim {head_dim}")
+    num_kv_heads = keys.shape[1]
     if keys.shape != (rows, num_kv_heads, head_dim) or values.shape != keys.shape:
         raise ValueError(
             f"keys {keys.shape} and values {values.shape} must be "
@@ -76,8 +92,8 @@ def ragged_paged_attention(
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
     return dispatch(
         "ragged_paged_attention",
-        IMPLEMENTATIONS,
-        backend,
+        {name: module.ragged_paged_attention for name, module in IMPLEMENTATIONS.items()},
+        None,
         queries,
         keys,
         values,

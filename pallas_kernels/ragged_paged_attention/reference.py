@@ -1,23 +1,61 @@
 """The definition of ragged paged attention: every score of every row in float32, nothing clever."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention.tiles import KVPages, RaggedBatch
+from pallas_kernels.ragged_paged_attention.tiles import RaggedBatch, check_kv_pages
+
+
+class LogicalKVPages(NamedTuple):
+    """A layer's pages as one thinks of them: keys and values [pages, G, page_size, D]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def abstract_kv_pages(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    device_kind: str,
+) -> LogicalKVPages:
+    """Shapes of a layer's pages."""
+    pages = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
+    return LogicalKVPages(pages, pages)  # type: ignore[arg-type]
+
+
+def from_logical(keys: jax.Array, values: jax.Array) -> LogicalKVPages:
+    """Pages of this form; keys and values [pages, G, page_size, D]."""
+    return LogicalKVPages(keys, values)
+
+
+def to_logical(kv_pages: LogicalKVPages, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of ``from_logical``."""
+    return tuple(kv_pages)  # type: ignore[return-value]
 
 
 def ragged_paged_attention(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    kv_pages: KVPages,
+    kv_pages: LogicalKVPages,
     batch: RaggedBatch,
     *,
     scale: float,
     sliding_window: int | None,
     logit_soft_cap: float | None,
-) -> tuple[jax.Array, KVPages]:
+) -> tuple[jax.Array, LogicalKVPages]:
     """softmax(q k^T scale) v over each row's own sequence; see the package for the contract."""
+    if not isinstance(kv_pages, LogicalKVPages):
+        raise NotImplementedError(f"pages are {type(kv_pages).__name__}")
+    num_pages, _, page_size, _ = kv_pages.keys.shape
+    _, num_kv_heads, head_dim = keys.shape
+    form = abstract_kv_pages(num_pages, page_size, num_kv_heads, head_dim, kv_pages.keys.dtype, "")
+    check_kv_pages(kv_pages, form)
     rows, num_heads, head_dim = queries.shape
     key_pages, value_pages = kv_pages
     num_pages, num_kv_heads, page_size, _ = value_pages.shape
@@ -27,14 +65,14 @@ def ragged_paged_attention(
     pages = tables[jnp.arange(rows), jnp.minimum(positions // page_size, tables.shape[1] - 1)]
     pages = jnp.where(is_real, pages, num_pages)  # out of bounds: dropped
     offsets = positions % page_size
-    key_pages = key_pages.at[pages, :, :, offsets].set(keys.astype(key_pages.dtype), mode="drop")
+    key_pages = key_pages.at[pages, :, offsets].set(keys.astype(key_pages.dtype), mode="drop")
     value_pages = value_pages.at[pages, :, offsets].set(
         values.astype(value_pages.dtype), mode="drop"
     )
 
-    context_keys = key_pages[tables].astype(jnp.float32)  # [T, P, G, D, page_size]
-    context_keys = context_keys.transpose(0, 2, 1, 4, 3).reshape(rows, num_kv_heads, -1, head_dim)
-    context_values = value_pages[tables].astype(jnp.float32)  # [T, P, G, page_size, D]
+    context_keys = key_pages[tables].astype(jnp.float32)  # [T, P, G, page_size, D]
+    context_keys = context_keys.swapaxes(1, 2).reshape(rows, num_kv_heads, -1, head_dim)
+    context_values = value_pages[tables].astype(jnp.float32)
     context_values = context_values.swapaxes(1, 2).reshape(context_keys.shape)
     grouped = queries.astype(jnp.float32).reshape(rows, num_kv_heads, -1, head_dim)
     scores = jnp.einsum("tgrd,tgkd->tgrk", grouped, context_keys, precision="highest") * scale
@@ -48,7 +86,5 @@ def ragged_paged_attention(
     weights = jax.nn.softmax(scores, axis=-1)
     outputs = jnp.einsum("tgrk,tgkd->tgrd", weights, context_values, precision="highest")
     outputs = jnp.where(is_real[:, None, None, None], outputs, 0)
-    return outputs.reshape(rows, num_heads, head_dim).astype(queries.dtype), (
-        key_pages,
-        value_pages,
-    )
+    outputs = outputs.reshape(rows, num_heads, head_dim).astype(queries.dtype)
+    return outputs, LogicalKVPages(key_pages, value_pages)

@@ -1,12 +1,21 @@
 """How ragged rows are described to every backend: tiles of query rows, and the page table."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# A layer's pages: (keys [pages, G, D, page_size], values [pages, G, page_size, D]).
-KVPages = tuple[jax.Array, jax.Array]
+# A layer's pages: a pytree of the backend that owns their form. The second axis of each array is kv
+# heads, or what every head has the same number of.
+KVPages = Any
+
+
+def check_kv_pages(kv_pages: KVPages, expected: KVPages) -> None:
+    """Raises ``ValueError`` where pages have not the shapes that ``expected`` has."""
+    shapes, wanted = ([leaf.shape for leaf in jax.tree.leaves(x)] for x in (kv_pages, expected))
+    if shapes != wanted:
+        raise ValueError(f"kv_pages are {shapes}, for these keys they must be {wanted}")
 
 
 @jax.tree_util.register_dataclass

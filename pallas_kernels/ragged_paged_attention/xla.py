@@ -8,28 +8,70 @@ reduction is vectorized differently for different row counts, and so is a produc
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention.tiles import KVPages, QueryTiles, RaggedBatch
+from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch, check_kv_pages
 
 KV_BLOCK_TOKENS = 128
 MASKED = -1e30  # finite: (-inf) - (-inf) would be NaN in a row that has seen no key yet
+
+
+class TransposedKVPages(NamedTuple):
+    """A layer's ``keys`` [pages, G, D, page_size] and ``values`` [pages, G, page_size, D].
+
+    Kv heads come before tokens, so that a gathered block is one matrix a head, and keys lie
+    transposed, as the product with queries wants them: see docs/log.md for what else was measured.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def abstract_kv_pages(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    device_kind: str,
+) -> TransposedKVPages:
+    """Shapes of a layer's pages."""
+    keys = jax.ShapeDtypeStruct((num_pages, num_kv_heads, head_dim, page_size), dtype)
+    values = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
+    return TransposedKVPages(keys, values)  # type: ignore[arg-type]
+
+
+def from_logical(keys: jax.Array, values: jax.Array) -> TransposedKVPages:
+    """Pages of this form; keys and values [pages, G, page_size, D]."""
+    return TransposedKVPages(keys.swapaxes(2, 3), values)
+
+
+def to_logical(kv_pages: TransposedKVPages, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of ``from_logical``."""
+    return kv_pages.keys.swapaxes(2, 3), kv_pages.values
 
 
 def ragged_paged_attention(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    kv_pages: KVPages,
+    kv_pages: TransposedKVPages,
     batch: RaggedBatch,
     *,
     scale: float,
     sliding_window: int | None,
     logit_soft_cap: float | None,
-) -> tuple[jax.Array, KVPages]:
+) -> tuple[jax.Array, TransposedKVPages]:
     """Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022); see the package."""
+    if not isinstance(kv_pages, TransposedKVPages):
+        raise NotImplementedError(f"pages are {type(kv_pages).__name__}")
+    num_pages, _, page_size, _ = kv_pages.values.shape
+    _, num_kv_heads, head_dim = keys.shape
+    form = abstract_kv_pages(num_pages, page_size, num_kv_heads, head_dim, kv_pages.keys.dtype, "")
+    check_kv_pages(kv_pages, form)
     kv_pages = _write(kv_pages, keys, values, batch)
     outputs, row = [], 0
     for tiles in (batch.decodes, batch.chunks):
@@ -49,7 +91,9 @@ def ragged_paged_attention(
     return jnp.concatenate(outputs).astype(queries.dtype), kv_pages
 
 
-def _write(kv_pages: KVPages, keys: jax.Array, values: jax.Array, batch: RaggedBatch) -> KVPages:
+def _write(
+    kv_pages: TransposedKVPages, keys: jax.Array, values: jax.Array, batch: RaggedBatch
+) -> TransposedKVPages:
     """Scatters the new rows [T, G, D] to their pages; in place when ``kv_pages`` is donated."""
     key_pages, value_pages = kv_pages
     num_pages, _, page_size, _ = value_pages.shape
@@ -58,7 +102,7 @@ def _write(kv_pages: KVPages, keys: jax.Array, values: jax.Array, batch: RaggedB
     pages = batch.page_table[batch.sequences(), page_indices]
     pages = jnp.where(is_real, pages, num_pages)  # out of bounds: dropped
     offsets = positions % page_size
-    return (
+    return TransposedKVPages(
         key_pages.at[pages, :, :, offsets].set(keys.astype(key_pages.dtype), mode="drop"),
         value_pages.at[pages, :, offsets].set(values.astype(value_pages.dtype), mode="drop"),
     )
@@ -66,7 +110,7 @@ def _write(kv_pages: KVPages, keys: jax.Array, values: jax.Array, batch: RaggedB
 
 def _attend(
     queries: jax.Array,
-    kv_pages: KVPages,
+    kv_pages: TransposedKVPages,
     page_table: jax.Array,
     tiles: QueryTiles,
     scale: float,
@@ -96,6 +140,11 @@ def _attend(
     tables = jnp.pad(page_table, ((0, 0), (0, missing)))[tiles.sequences]  # [N, P]
     is_real = tiles.lens > 0
     num_blocks = jnp.where(is_real, (tiles.starts + tiles.lens - 1) // block_tokens + 1, 0)
+    first_blocks = jnp.zeros_like(num_blocks)
+    if sliding_window is not None:
+        # Blocks that no row of a tile sees. Not to meet them changes no bit: what a row gathers
+        # before its first visible key is multiplied by 0.
+        first_blocks = jnp.maximum(tiles.starts - sliding_window + 1, 0) // block_tokens
     row_shape = grouped.shape[1:-1]
 
     def attend_tile(tile: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -141,7 +190,9 @@ def _attend(
             jnp.zeros((*row_shape, 1), jnp.float32),
             jnp.zeros((*row_shape, head_dim), jnp.float32),
         )
-        _, denominator, accumulator = jax.lax.fori_loop(0, num_blocks[tile], attend_block, start)
+        _, denominator, accumulator = jax.lax.fori_loop(
+            first_blocks[tile], num_blocks[tile], attend_block, start
+        )
         # A padding tile between real ones has met no block: 0 / 1.
         tile_outputs = accumulator / jnp.where(denominator == 0, 1, denominator)
         return jax.lax.dynamic_update_index_in_dim(outputs, tile_outputs, tile, 0)

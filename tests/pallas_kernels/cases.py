@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch, kv_pages_shapes
+from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS, KVPages, QueryTiles, RaggedBatch
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,15 @@ CASES = (
     AttentionCase("heads_4_4", decodes=(20,), chunks=((0, 20),), num_heads=4, num_kv_heads=4),
     AttentionCase("head_dim_64", decodes=(70,), chunks=((0, 70),), head_dim=64),
     AttentionCase("head_dim_80", decodes=(20,), chunks=((0, 20),), head_dim=80),
+    AttentionCase("head_dim_96", decodes=(20,), chunks=((0, 20),), head_dim=96),
     AttentionCase("head_dim_128", decodes=(20,), chunks=((0, 20),), head_dim=128),
+    AttentionCase("wide_heads_4_2", (20,), ((0, 20),), num_heads=4, num_kv_heads=2, head_dim=128),
+    AttentionCase("head_dim_256", decodes=(20,), chunks=((0, 20),), head_dim=256),
+    AttentionCase("gemma3", (50,), ((0, 40),), 1, 16, 0, 0, 4, 1, 256, sliding_window=20),
+    AttentionCase("gemma3_two_kv_heads", (20,), ((0, 20),), 1, 16, 0, 0, 4, 2, 256),
+    AttentionCase("qwen3_moe", (20,), ((0, 20),), num_heads=32, num_kv_heads=4, head_dim=128),
+    AttentionCase("phi3", (20,), ((0, 20),), num_heads=4, num_kv_heads=4, head_dim=96),
+    AttentionCase("phi4_mini", (20,), ((0, 20),), num_heads=24, num_kv_heads=8, head_dim=128),
     AttentionCase("window_below_page", decodes=(50,), chunks=((0, 40),), sliding_window=5),
     AttentionCase("window_one", decodes=(50,), chunks=((16, 20),), sliding_window=1),
     AttentionCase("window_across_blocks", decodes=(200,), chunks=((120, 30),), sliding_window=100),
@@ -74,7 +81,10 @@ CASES = (
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Arrays of a case, and for every real row its sequence, position and row index."""
+    """Arrays of a case, and for every real row its sequence, position and row index.
+
+    Pages are logical: [pages, G, page_size, D].
+    """
 
     queries: np.ndarray
     keys: np.ndarray
@@ -84,15 +94,16 @@ class AttentionInputs:
     batch: RaggedBatch
     rows: tuple[tuple[int, int, int], ...]
 
-    @property
-    def arrays(self) -> tuple[Any, Any, Any, tuple[Any, Any]]:
-        """Queries, keys, values and pages, as the operation takes them."""
-        return self.queries, self.keys, self.values, (self.key_pages, self.value_pages)
-
-    @property
-    def half_arrays(self) -> tuple[Any, Any, Any, tuple[Any, Any]]:
-        """The same in bfloat16."""
-        return jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), self.arrays)
+    def arrays(
+        self, backend: str, dtype: Any = jnp.float32, **form: Any
+    ) -> tuple[Any, Any, Any, KVPages]:
+        """Queries, keys, values and pages, as the backend takes them. ``form`` of its pages."""
+        queries, keys, values, key_pages, value_pages = (
+            jnp.asarray(array, dtype)
+            for array in (self.queries, self.keys, self.values, self.key_pages, self.value_pages)
+        )
+        pages = IMPLEMENTATIONS[backend].from_logical(key_pages, value_pages, **form)
+        return queries, keys, values, pages
 
 
 def build(case: AttentionCase, seed: int = 0) -> AttentionInputs:
@@ -126,15 +137,13 @@ def build(case: AttentionCase, seed: int = 0) -> AttentionInputs:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)
 
-    key_shape, value_shape = kv_pages_shapes(
-        num_pages, case.page_size, case.num_kv_heads, case.head_dim
-    )
+    pages = (num_pages, case.num_kv_heads, case.page_size, case.head_dim)
     return AttentionInputs(
         queries=normal(row, case.num_heads, case.head_dim),
         keys=normal(row, case.num_kv_heads, case.head_dim),
         values=normal(row, case.num_kv_heads, case.head_dim),
-        key_pages=normal(*key_shape),
-        value_pages=normal(*value_shape),
+        key_pages=normal(*pages),
+        value_pages=normal(*pages),
         batch=RaggedBatch(
             page_table=jnp.asarray(page_table),
             decodes=_tiles(decodes, case.decode_rows),
