@@ -3,7 +3,7 @@
 Field names are those of a Hugging Face ``config.json`` where one exists.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -12,21 +12,38 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     ``linear`` divides every frequency by ``factor``. ``llama3`` is the smooth rule of Llama 3.1
-    (Grattafiori et al. 2024; ``rope_type: llama3`` in Hugging Face configurations). ``factors``
-    divides frequency i by ``factors[i]``, which is how GGUF stores an already evaluated rule.
+    (Grattafiori et al. 2024), ``yarn`` that of Peng et al. 2023. ``factors`` divides frequency i by
+    ``factors[i]``, which is how GGUF stores an already evaluated rule. ``longrope`` (Ding et al.
+    2024) does so too, with ``short_factors`` where the context served is not longer than
+    ``original_max_position_embeddings``. ``attention_factor`` multiplies cosines and sines.
     """
 
-    kind: Literal["linear", "llama3", "factors"]
+    kind: Literal["linear", "llama3", "factors", "yarn", "longrope"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     factors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+
+
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer. ``architecture`` picks its module in models/."""
+    """The shape of a decoder-only transformer. ``architecture`` picks its module in models/.
+
+    ``layer_types``: which layers see only the last ``sliding_window`` tokens; () for all of them
+    where there is a window. They rotate by ``local_rope_theta`` where that is given, unscaled.
+    ``rotary_dim``: how many of a head's dimensions are rotated, the first ones; None for all.
+    ``query_pre_attn_scalar``: scores are divided by its root instead of ``head_dim``'s.
+    With ``num_experts`` the MLP of a layer is that many of ``intermediate_size``, of which a token
+    takes ``num_experts_per_tok``; ``norm_topk_prob``: their weights are made to add up to 1.
+    """
 
     architecture: str
     vocab_size: int
@@ -41,6 +58,14 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[LayerType, ...] = ()
+    local_rope_theta: float | None = None
+    rotary_dim: int | None = None
+    query_pre_attn_scalar: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -62,37 +87,121 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {self.rope_theta}")
-        scaling = self.rope_scaling
-        if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+        for name in ("rms_norm_eps", "rope_theta", "local_rope_theta", "query_pre_attn_scalar"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self._check_rotation()
+        self._check_layers()
+        self._check_experts()
+
+    def _check_rotation(self) -> None:
+        rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if not 2 <= rotated <= self.head_dim or rotated % 2:
             raise ValueError(
-                f"rope scaling has {len(scaling.factors)} factors, "
-                f"head_dim {self.head_dim} needs {self.head_dim // 2}"
+                f"rotary_dim must be even and in [2, {self.head_dim}] (head_dim), got {rotated}"
+            )
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind not in ("factors", "longrope"):
+            return
+        for factors in (scaling.factors, scaling.short_factors or scaling.factors):
+            if len(factors) != rotated // 2:
+                raise ValueError(
+                    f"rope scaling has {len(factors)} factors, "
+                    f"{rotated} rotated dimensions need {rotated // 2}"
+                )
+
+    def _check_layers(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries, the model has "
+                f"{self.num_hidden_layers} layers"
+            )
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
+
+    def _check_experts(self) -> None:
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts must be at least 0, got {self.num_experts}")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be in [1, {self.num_experts}] (num_experts), "
+                f"got {self.num_experts_per_tok}"
             )
 
+    def served(self, max_model_len: int) -> "ModelConfig":
+        """The model as it is computed where no text is longer than ``max_model_len`` tokens."""
+        context = min(self.max_position_embeddings, max_model_len)
+        return replace(self, max_position_embeddings=context)
 
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """A byte-level BPE tokenizer as found in a checkpoint; serving/tokenizer.py builds it.
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer sees, its own included; None for all."""
+        if self.layer_types and self.layer_types[layer] == "full_attention":
+            return None
+        return self.sliding_window
 
-    ``tokens[i]`` is the string of token id i in GPT-2's byte alphabet. ``control_token_ids`` are
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Tokens and their uses, as found in a checkpoint; what every kind of tokenizer has.
+
+    ``tokens[i]`` is the string of token id i, "" where there is none. ``control_token_ids`` are
     special tokens that never appear in generated text; ``added_token_ids`` are matched whole in
-    prompts but are ordinary text. ``merges`` are "left right" pairs in order of priority.
-    ``pre_tokenizer`` is the name of a splitting rule, as in GGUF's ``tokenizer.ggml.pre``.
+    prompts but are ordinary text. ``add_bos_token``: prompts begin with ``bos_token_id``.
+    ``add_space_prefix``: a space is put before every text, and taken from its beginning when tokens
+    become text again.
     """
 
     tokens: tuple[str, ...]
-    merges: tuple[str, ...]
-    pre_tokenizer: str
     control_token_ids: tuple[int, ...] = ()
     added_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     add_bos_token: bool = False
+    add_space_prefix: bool = False
     chat_template: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec(Vocabulary):
+    """A byte-level BPE tokenizer; tokens are in GPT-2's byte alphabet.
+
+    ``merges`` are "left right" pairs in order of priority. ``pre_tokenizer`` is the name of a
+    splitting rule, as in GGUF's ``tokenizer.ggml.pre``.
+    """
+
+    merges: tuple[str, ...]
+    pre_tokenizer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceSpec(Vocabulary):
+    """A BPE tokenizer of SentencePiece (Kudo and Richardson 2018) with byte fallback.
+
+    Of two pairs of tokens that can be merged the one whose result has the higher of ``scores`` is.
+    A space is U+2581. White space behind one of ``rstrip_token_ids`` in a prompt is dropped.
+    """
+
+    scores: tuple[float, ...]
+    unknown_token_id: int
+    rstrip_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerJson(Vocabulary):
+    """A tokenizer as the ``tokenizer.json`` of a Hugging Face folder, ``text``, describes it.
+
+    ``is_byte_level``: tokens are in GPT-2's byte alphabet; else SentencePiece's, as above. BOS is
+    among what ``text`` says.
+    """
+
+    text: str
+    is_byte_level: bool
+
+
+AnyTokenizer = TokenizerSpec | SentencePieceSpec | TokenizerJson
 
 
 @dataclass(frozen=True)
@@ -130,6 +239,7 @@ class EngineConfig:
     priority, before it goes first all the same. ``steps_ahead``: calls of the device that are sent
     before the one before them is read; 0 waits for each. ``batch_invariant``: on CPU in float32 a
     request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
+    ``attention``: name of the backend, instead of the first that takes the case.
     """
 
     max_num_seqs: int = 16
@@ -143,6 +253,7 @@ class EngineConfig:
     priority_seconds: float = 10.0
     steps_ahead: int = 1
     batch_invariant: bool = True
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         limits = {

@@ -6,10 +6,11 @@ import os
 import time
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,12 +22,11 @@ from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
-from jaxinfer.kv_cache import page_bytes
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import EngineStats, RequestOutput, Schedule, ScheduledSequence
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.sharding import abstract_parameters, num_tensor_devices
+from jaxinfer.sharding import abstract_parameters
 from jaxinfer.step import Parameters, StepResult
 
 Progress = Callable[[int, int], None]
@@ -59,7 +59,8 @@ class Engine:
         self._platform = mesh.devices.flat[0].platform
         if config.batch_invariant and self._platform == "cpu" and dtypes.weights == "float32":
             _warn_of_many_threads()
-        self._graph, state = models.abstract(model, dtypes, mesh)
+        served = model.served(config.max_model_len)
+        self._graph, state = models.abstract(served, dtypes, mesh)
         self.abstract_parameters = abstract_parameters(state, mesh)
         self._abstract_state = step_program.abstract_state(model, config, dtypes, mesh)
         self.shapes = batch_shapes(config)
@@ -76,10 +77,13 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache over all devices."""
-        size = page_bytes(
-            self.model, self.config.page_size, self.dtypes.kv_cache, num_tensor_devices(self.mesh)
-        )
-        return self.config.num_pages * size
+        pages = jax.tree.leaves(self._abstract_state.kv_pages)
+        return sum(array.size * array.dtype.itemsize for array in pages)
+
+    @property
+    def programs(self) -> Mapping[BatchShape, Any]:
+        """The compiled step of each batch shape; empty before ``compile``."""
+        return MappingProxyType(self._programs)
 
     @property
     def memory_by_program(self) -> dict[BatchShape, int]:

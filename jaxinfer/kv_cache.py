@@ -6,33 +6,56 @@ from jax.sharding import Mesh
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.sharding import named_sharding, num_tensor_devices, physical_model
-from pallas_kernels.ragged_paged_attention import KVPages, kv_pages_shapes
+from pallas_kernels import ragged_paged_attention as attention_kernels
+from pallas_kernels.ragged_paged_attention import KVPages
 
 # EngineConfig refuses more.
 MAX_PAGES = 1 << 24
 
-# Logical axes of a layer's pages, keys and values alike: every device has all pages of its heads.
-KV_PAGES_AXES = (None, "kv_heads", None, None)
+# Logical axes of all arrays of a layer's pages: every device has all pages of its heads.
+KV_PAGES_AXES = (None, "kv_heads")
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: str, num_devices: int = 1) -> int:
-    """Bytes of one page over all layers and devices, keys and values, copies of kv heads too."""
-    kv_heads = physical_model(model, num_devices).num_key_value_heads
-    values = 2 * page_size * kv_heads * model.head_dim
-    return values * model.num_hidden_layers * jnp.dtype(dtype).itemsize
+def page_bytes(
+    model: ModelConfig, page_size: int, dtype: str, mesh: Mesh, attention: str | None = None
+) -> int:
+    """Bytes of one page over all layers and devices, in the form of the attention's backend.
+
+    Keys and values, copies of kv heads and what fills up lanes too.
+    """
+    pages = jax.tree.leaves(abstract_kv_pages(model, 1, page_size, dtype, mesh, attention))
+    return sum(array.size * array.dtype.itemsize for array in pages)
 
 
 def abstract_kv_pages(
-    model: ModelConfig, num_pages: int, page_size: int, dtype: str, mesh: Mesh
+    model: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: str,
+    mesh: Mesh,
+    attention: str | None = None,
 ) -> tuple[KVPages, ...]:
-    """Shapes and shardings of every layer's pages, split over kv heads."""
+    """Shapes and shardings of every layer's pages, split over kv heads.
+
+    ``attention``: name of a backend, instead of the first that takes these sizes on ``mesh``.
+    """
     physical = physical_model(model, num_tensor_devices(mesh))
-    shapes = kv_pages_shapes(num_pages, page_size, physical.num_key_value_heads, model.head_dim)
-    sharding = named_sharding(mesh, KV_PAGES_AXES)
-    keys, values = (
-        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding) for shape in shapes
+    device = mesh.devices.flat[0]
+    layer = attention_kernels.abstract_kv_pages(
+        device.platform,
+        num_pages,
+        page_size,
+        physical.num_key_value_heads,
+        model.head_dim,
+        jnp.dtype(dtype),
+        device_kind=device.device_kind,
+        backend=attention,
     )
-    return ((keys, values),) * model.num_hidden_layers  # type: ignore[return-value]
+    sharding = named_sharding(mesh, KV_PAGES_AXES)
+    layer = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), layer
+    )
+    return (layer,) * model.num_hidden_layers
 
 
 def plan_num_pages(
@@ -42,13 +65,14 @@ def plan_num_pages(
     max_num_seqs: int,
     max_model_len: int,
     memory_bytes: int,
-    num_devices: int = 1,
+    mesh: Mesh,
     prefix_cache: bool = False,
+    attention: str | None = None,
 ) -> int:
     """Pages that fit ``memory_bytes``; without a prefix cache no more than all slots could use.
 
     ``memory_bytes`` is that of all devices together, of which each has its share.
     """
-    fitting = memory_bytes // page_bytes(model, page_size, dtype, num_devices)
+    fitting = memory_bytes // page_bytes(model, page_size, dtype, mesh, attention)
     most = max_num_seqs * -(-max_model_len // page_size)
     return min(fitting, MAX_PAGES) if prefix_cache else min(fitting, most)

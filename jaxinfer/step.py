@@ -76,7 +76,7 @@ def abstract_state(
 
     return StepState(
         kv_pages=abstract_kv_pages(
-            model, config.num_pages, config.page_size, dtypes.kv_cache, mesh
+            model, config.num_pages, config.page_size, dtypes.kv_cache, mesh, config.attention
         ),
         tokens=array((slots, config.max_model_len), jnp.int32),
         lens=array((slots,), jnp.int32),
@@ -295,7 +295,9 @@ def lower(
         donate_argnums=(4,),
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole),
     )
-    return jitted.trace(graph, config, shape, parameters, state, packed).lower()
+    # Kernels ask for which device they are lowered: it need not be one of this machine.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jitted.trace(graph, config, shape, parameters, state, packed).lower()
 
 
 def lower_set_slot(config: EngineConfig, state: StepState, mesh: Mesh) -> Any:

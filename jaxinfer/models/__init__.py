@@ -1,17 +1,61 @@
 """Flax model definitions, one file a family, found by the checkpoint's architecture name."""
 
+import dataclasses
+import functools
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.models.family import Family
+from jaxinfer.models.fields import Fields
 
-# Architecture name -> module and class; imported when asked for.
-ARCHITECTURES: dict[str, tuple[str, str]] = {
-    "llama": ("jaxinfer.models.llama", "Llama"),
+# ``model_type`` of a config.json -> its file here; imported when asked for.
+ARCHITECTURES: Mapping[str, str] = {
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
+
+# ``general.architecture`` of a GGUF file -> ``model_type``. Mistral's are "llama" there; Mixtral's
+# too, and have experts.
+GGUF_ARCHITECTURES: Mapping[str, str] = {
+    "gemma3": "gemma3_text",
+    "llama": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+}
+
+
+def family(architecture: str) -> Family:
+    """The family of a ``model_type``. Raises ``ValueError`` listing what is supported."""
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(
+            f"architecture {architecture!r:.80} is not supported; supported: {supported}"
+        )
+    return importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}").FAMILY
+
+
+def read_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """The model that the fields of a ``config.json`` describe.
+
+    Raises ``ValueError`` for an unknown ``model_type``, for fields that are missing or cannot be,
+    and for those that ask for what the family's module does not compute.
+    """
+    checked = Fields(fields)
+    return family(checked.text("model_type")).read_config(checked)
 
 
 def build(
@@ -26,16 +70,10 @@ def build(
     Raises ``ValueError`` listing what is supported for an unknown architecture, and for heads that
     cannot be divided over the mesh.
     """
-    if model.architecture not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise ValueError(
-            f"architecture {model.architecture!r} is not supported; supported: {supported}"
-        )
-    module, name = ARCHITECTURES[model.architecture]
-    family = getattr(importlib.import_module(module), name)
+    module = family(model.architecture).module
     # Parameters carry logical axis names and no mesh: they are placed by jaxinfer.sharding.
     with nnx.use_eager_sharding(False):
-        return family(model, dtypes, rngs or nnx.Rngs(0), mesh)
+        return module(model, dtypes, rngs or nnx.Rngs(0), mesh)
 
 
 def abstract(
@@ -43,3 +81,21 @@ def abstract(
 ) -> tuple[Any, nnx.State]:
     """The graph definition and the abstract parameters, nothing allocated."""
     return nnx.split(nnx.eval_shape(lambda: build(model, dtypes, mesh=mesh)))
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: ModelConfig) -> Mapping[tuple[str | int, ...], tuple[int, ...]]:
+    """The logical shape of every parameter of ``model``, by its path.
+
+    All layers have the same: one is looked at, since a file may claim thousands.
+    """
+    one = dataclasses.replace(model, num_hidden_layers=1, layer_types=model.layer_types[:1])
+    _, state = abstract(one, DtypePolicy("float32", "float32", "float32"))
+    shapes = {}
+    for path, variable in nnx.to_flat_state(state):
+        shape = tuple(variable.get_value().shape)
+        if path[0] == "layers":
+            shapes |= {("layers", i, *path[2:]): shape for i in range(model.num_hidden_layers)}
+        else:
+            shapes[path] = shape
+    return shapes

@@ -6,11 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import KV_PAGES_AXES
 from jaxinfer.sharding import named_sharding, num_tensor_devices, partition_spec
 from pallas_kernels.ragged_paged_attention import KVPages
@@ -25,9 +23,9 @@ def parameter(
     return nnx.Param(value, out_sharding=axes)
 
 
-def norm_scale(size: int) -> nnx.Param[jax.Array]:
-    """The weight of an RMS norm, float32 on every platform."""
-    return nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=("embed",))
+def norm_scale(size: int, axis: str | None = "embed") -> nnx.Param[jax.Array]:
+    """The weight of an RMS norm, float32 on every platform; ``axis`` is what is normed."""
+    return nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=(axis,))
 
 
 def traced_once(layer: nnx.Module, *inputs: Any) -> Any:
@@ -54,7 +52,7 @@ def split_over_kv_heads(attention: Callable[..., Any], mesh: Mesh | None) -> Cal
     if mesh is None or num_tensor_devices(mesh) == 1:
         return attention
     heads = partition_spec((None, "kv_heads", None))
-    pages = (partition_spec(KV_PAGES_AXES),) * 2
+    pages = partition_spec(KV_PAGES_AXES)
 
     def call(
         queries: jax.Array, keys: jax.Array, values: jax.Array, kv_pages: KVPages, batch: Any
@@ -98,54 +96,21 @@ def gathered(array: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) 
 
 
 def rms_norm(inputs: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """[T, E] x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019)."""
+    """[..., E] x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019)."""
     x = inputs.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (x * scale[None, :]).astype(inputs.dtype)
+    return (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(inputs.dtype)
 
 
-def linear(inputs: jax.Array, weight: jax.Array, num_axes: int = 1) -> jax.Array:
+def linear(
+    inputs: jax.Array, weight: jax.Array, num_axes: int = 1, bias: jax.Array | None = None
+) -> jax.Array:
     """Contracts the last ``num_axes`` axes of ``inputs`` with the first of ``weight``.
 
-    Accumulates in float32 and returns the inputs' dtype.
+    ``bias`` has the remaining axes of ``weight``. Accumulates in float32 and returns the inputs'
+    dtype.
     """
     products = jnp.tensordot(inputs, weight, num_axes, preferred_element_type=jnp.float32)
+    if bias is not None:
+        products = products + bias[None].astype(jnp.float32)
     return products.astype(inputs.dtype)
-
-
-def rope_tables(positions: jax.Array, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [T, 1, D/2] float32 of the rotary angles at ``positions`` [T]."""
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(model)[None, :]
-    return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
-
-
-def inverse_frequencies(model: ModelConfig) -> np.ndarray:
-    """[D/2] float32: theta^(-2i/D), stretched by the model's rope scaling (Su et al. 2021)."""
-    exponents = np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim
-    frequencies = model.rope_theta**-exponents
-    scaling = model.rope_scaling
-    if scaling is None:
-        pass
-    elif scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling.kind == "factors":
-        frequencies = frequencies / np.asarray(scaling.factors)
-    elif scaling.kind == "llama3":
-        # Wavelengths beyond the trained context are stretched, short ones kept, with a linear
-        # passage between the two (Grattafiori et al. 2024).
-        wavelengths = 2 * np.pi / frequencies
-        rotations = scaling.original_max_position_embeddings / wavelengths
-        smooth = (rotations - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        smooth = np.clip(smooth, 0.0, 1.0)
-        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    return frequencies.astype(np.float32)
-
-
-def apply_rope(heads: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates [T, H, D] by halves: dimension i is paired with i + D/2, as in Hugging Face."""
-    cos, sin = tables
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)

@@ -19,13 +19,17 @@ from tests.jaxinfer.tiny import CPU_DTYPES
 
 
 def prompt_logits(
-    model: ModelConfig, parameters: dict[Any, Any], token_ids: Sequence[int], config: EngineConfig
+    model: ModelConfig,
+    parameters: dict[Any, Any],
+    token_ids: Sequence[int],
+    config: EngineConfig,
+    num_tiles: int = 2,
 ) -> np.ndarray:
-    """[n, V] float32 after every token of a prompt, which is computed in chunks of two tiles."""
+    """[n, V] float32 after every token of a prompt, computed in chunks of ``num_tiles`` tiles."""
     mesh = make_mesh(jax.devices("cpu")[:1])
     abstract = step.abstract_state(model, config, CPU_DTYPES, mesh)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-    shape, size = BatchShape(8, 2), 2 * config.chunk_tile
+    shape, size = BatchShape(8, num_tiles), num_tiles * config.chunk_tile
 
     program = _program(model, config, shape)
     logits = []
@@ -51,7 +55,7 @@ def prompt_logits(
 @functools.cache
 def _program(model: ModelConfig, config: EngineConfig, shape: BatchShape) -> Any:
     """Compiled once for all prompts of a model."""
-    graph, _ = models.abstract(model, CPU_DTYPES)
+    graph, _ = models.abstract(model.served(config.max_model_len), CPU_DTYPES)
 
     def program(parameters: Any, state: step.StepState, packed: jax.Array) -> Any:
         llama = nnx.merge(graph, parameters)
@@ -59,4 +63,5 @@ def _program(model: ModelConfig, config: EngineConfig, shape: BatchShape) -> Any
         hidden, _, state = step.forward(llama, state, batch, config)
         return state, llama.logits(hidden[shape.num_decodes :])
 
-    return jax.jit(program, donate_argnums=1)
+    options = step.compiler_options("cpu", CPU_DTYPES)
+    return jax.jit(program, donate_argnums=1, compiler_options=options)

@@ -17,7 +17,7 @@ from tests.jaxinfer.tiny import tiny_model
         ({"head_dim": 7}, r"head_dim .* 7"),
         ({"rms_norm_eps": 0.0}, r"rms_norm_eps .* 0"),
         ({"rope_theta": float("nan")}, r"rope_theta .* nan"),
-        ({"rope_scaling": RopeScaling(kind="factors", factors=(1.0,))}, r"1 factors.*needs 4"),
+        ({"rope_scaling": RopeScaling(kind="factors", factors=(1.0,))}, r"1 factors.*need 4"),
     ],
 )
 def test_impossible_models(changes: dict[str, Any], match: str) -> None:

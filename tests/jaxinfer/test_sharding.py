@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
-from jaxinfer.kv_cache import abstract_kv_pages, page_bytes
+from jaxinfer.kv_cache import abstract_kv_pages
 from jaxinfer.sharding import (
     abstract_parameters,
     explain_heads,
@@ -315,8 +315,6 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     message = r"6 kv heads .* over 4 devices: tensor parallelism must be 1, 2, 3 or a multiple of 6"
     with pytest.raises(ValueError, match=message):
         physical_model(model, 4)
-    with pytest.raises(ValueError, match=message):
-        page_bytes(model, 16, "float32", num_devices=4)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         physical_model(model, 0)
 

@@ -19,7 +19,7 @@ from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig, RopeScaling
 from jaxinfer.engine import Engine
-from jaxinfer.models.layers import inverse_frequencies
+from jaxinfer.models.rotary import inverse_frequencies
 from jaxinfer.request import Request
 from jaxinfer.schedule import TokenLogprobs
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -95,13 +95,13 @@ def test_rope_factors_equal_the_rule_they_were_made_by() -> None:
     """GGUF stores an evaluated llama3 rule as divisors of the frequencies."""
     rule = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
     plain, scaled = tiny_model(head_dim=16), tiny_model(head_dim=16, rope_scaling=rule)
-    divisors = inverse_frequencies(plain) / inverse_frequencies(scaled)
+    divisors = inverse_frequencies(plain)[0] / inverse_frequencies(scaled)[0]
     assert divisors.min() == 1
     assert divisors.max() == pytest.approx(8)
     stored = RopeScaling(kind="factors", factors=tuple(float(x) for x in divisors))
     np.testing.assert_allclose(
-        inverse_frequencies(tiny_model(head_dim=16, rope_scaling=stored)),
-        inverse_frequencies(scaled),
+        inverse_frequencies(tiny_model(head_dim=16, rope_scaling=stored))[0],
+        inverse_frequencies(scaled)[0],
         rtol=1e-6,
     )
 
@@ -117,11 +117,11 @@ def test_parameters_declare_what_the_platform_asks_for() -> None:
     _, state = models.abstract(tiny_model(), dtypes)
     placed = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
     layer = placed["layers"][0]
-    assert layer["qkv"].dtype == "bfloat16"
+    assert layer["attention"]["qkv"].dtype == "bfloat16"
     assert layer["input_norm"].dtype == "float32"
-    assert layer["qkv"].sharding.spec == P(None, "tensor", None, None)
-    assert layer["o_proj"].sharding.spec == P("tensor", None, None, None)
-    assert layer["gate_up"].sharding.spec == P(None, None, "tensor")
+    assert layer["attention"]["qkv"].sharding.spec == P(None, "tensor", None, None)
+    assert layer["attention"]["o_proj"].sharding.spec == P("tensor", None, None, None)
+    assert layer["mlp"]["gate_up"].sharding.spec == P(None, None, "tensor")
     assert placed["embed_tokens"].sharding.spec == P("tensor", None)
     assert placed["lm_head"].sharding.spec == P(None, "tensor")
 
