@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from checkpoints.hub_id import parse_hub_id
+
 Progress = Callable[[int, int], None]
 
 
@@ -50,20 +52,18 @@ _MAX_WORK_SLACK = 64 << 20
 
 
 def resolve(model: str, progress: Progress | None = None) -> Path:
-    """Returns the path of a model: ``model`` itself when it is on disk, else the cached file.
+    """Returns the path of a model: ``model`` itself when it is on disk, else what is cached of it.
 
-    A name of the catalog that is not in the cache is fetched, ``progress(bytes, total bytes)``
-    called meanwhile, verified, and only then given its name. A cached model needs no network.
+    ``org/name[@revision][:file.gguf]`` is a model of the Hugging Face hub. What is not in the cache
+    is fetched, ``progress(bytes, total bytes)`` called meanwhile, verified, and only then given its
+    name. A cached model needs no network.
     Raises ``ValueError`` in one line: unknown name, nothing to fetch with, fetch failed, wrong
     checksum, cache not writable.
     """
     if model and Path(model).exists():
         return Path(model)
     if model not in CATALOG:
-        raise ValueError(
-            f"model {model!r} is neither a file nor a known name; known are "
-            f"{', '.join(sorted(CATALOG))}"
-        )
+        return _resolve_on_hub(model, progress)
     source, path = CATALOG[model], _cached_path(model)
     folder = path.parent
     if _is_complete(path, source):
@@ -78,17 +78,37 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     return path
 
 
+def _resolve_on_hub(model: str, progress: Progress | None) -> Path:
+    on_hub = parse_hub_id(model)
+    if on_hub is None:
+        raise ValueError(
+            f"model {model!r} is neither a file or folder nor a known name; known are "
+            f"{', '.join(sorted(CATALOG))}, and org/name for models of the Hugging Face hub"
+        )
+    from checkpoints import hub  # most do without
+
+    try:
+        return hub.fetch(on_hub, progress)
+    except ValueError as error:
+        raise ValueError(f"no file or folder {model!r} is here, and {error}") from error
+
+
 def is_cached(name: str) -> bool:
     """Returns whether a name of the catalog needs no fetching."""
     return _is_complete(_cached_path(name), CATALOG[name])
 
 
-def cache_folder() -> Path:
-    """Returns the folder of fetched models, ``jaxinfer/models`` in the user's cache folder."""
+def user_cache_folder() -> Path:
+    """Returns ``jaxinfer`` in the user's cache folder, where models and compiled programs lie."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says to ignore relative paths.
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "jaxinfer" / "models"
+    return root / "jaxinfer"
+
+
+def cache_folder() -> Path:
+    """Returns the folder of fetched models."""
+    return user_cache_folder() / "models"
 
 
 def _cached_path(name: str) -> Path:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from checkpoints.gguf_half import half
+from checkpoints.gguf_k_blocks import q4_k, q5_k, q6_k
+
 # Blocks are worked on in pieces whose float32 result stays in the second-level cache.
 _ELEMENTS_PER_PIECE = 1 << 17
 
@@ -72,13 +75,6 @@ def _dequantize_in_pieces(blocks: np.ndarray, out: np.ndarray, tensor_type: Tens
             tensor_type.dequantize(blocks[start : start + step], out[start : start + step])
 
 
-def _half(blocks: np.ndarray, byte: int) -> np.ndarray:
-    """Returns the float16 at ``byte`` of each block as float32 ``[N, 1, M]``."""
-    low = blocks[:, byte : byte + 1].astype(np.uint16)
-    high = blocks[:, byte + 1 : byte + 2].astype(np.uint16)
-    return (low | high << np.uint16(8)).view(np.float16).astype(np.float32)
-
-
 def _f32(blocks: np.ndarray, out: np.ndarray) -> None:
     out[:, :, 0] = blocks[:, :, 0].view("<f4")
 
@@ -95,12 +91,12 @@ def _bf16(blocks: np.ndarray, out: np.ndarray) -> None:
 
 def _q8_0(blocks: np.ndarray, out: np.ndarray) -> None:
     """x = d q, with d float16 and q int8."""
-    np.multiply(blocks[:, 2:34].view(np.int8), _half(blocks, 0), out=out)
+    np.multiply(blocks[:, 2:34].view(np.int8), half(blocks, 0), out=out)
 
 
 def _q4_0(blocks: np.ndarray, out: np.ndarray) -> None:
     """x = d (q - 8), with d float16 and q in 0..15; low nibbles hold the first 16 elements."""
-    scale = _half(blocks, 0)
+    scale = half(blocks, 0)
     nibbles = blocks[:, 2:18]
     np.subtract(nibbles & np.uint8(15), np.float32(8), out=out[:, :16])
     np.subtract(nibbles >> np.uint8(4), np.float32(8), out=out[:, 16:])
@@ -109,11 +105,35 @@ def _q4_0(blocks: np.ndarray, out: np.ndarray) -> None:
 
 def _q4_1(blocks: np.ndarray, out: np.ndarray) -> None:
     """x = d q + m, with d and m float16 and q in 0..15; low nibbles hold the first 16 elements."""
-    scale, minimum = _half(blocks, 0), _half(blocks, 2)
+    scale, minimum = half(blocks, 0), half(blocks, 2)
     nibbles = blocks[:, 4:20]
     np.multiply(nibbles & np.uint8(15), scale, out=out[:, :16])
     np.multiply(nibbles >> np.uint8(4), scale, out=out[:, 16:])
     out += minimum
+
+
+def _q5_0(blocks: np.ndarray, out: np.ndarray) -> None:
+    """x = d (q - 16), with d float16 and q in 0..31: nibbles as in Q4_0 and 32 fifth bits."""
+    quants = _five_bits(blocks[:, 2:6], blocks[:, 6:22])
+    np.subtract(quants, np.float32(16), out=out)
+    out *= half(blocks, 0)
+
+
+def _q5_1(blocks: np.ndarray, out: np.ndarray) -> None:
+    """x = d q + m, with d and m float16 and q in 0..31."""
+    quants = _five_bits(blocks[:, 4:8], blocks[:, 8:24])
+    np.multiply(quants, half(blocks, 0), out=out)
+    out += half(blocks, 2)
+
+
+def _five_bits(high: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
+    """[N, 32, M]: bit i of the four bytes ``high`` is the fifth bit of element i."""
+    quants = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=1)
+    bits = np.arange(8, dtype=np.uint8)[None, :, None]
+    for byte in range(4):
+        part = (high[:, byte : byte + 1] >> bits) & np.uint8(1)
+        quants[:, 8 * byte : 8 * byte + 8] |= part << np.uint8(4)
+    return quants
 
 
 # By GGML's type number.
@@ -122,20 +142,20 @@ TENSOR_TYPES: dict[int, TensorType] = {
     1: TensorType("F16", 1, 2, _f16),
     2: TensorType("Q4_0", 32, 18, _q4_0),
     3: TensorType("Q4_1", 32, 20, _q4_1),
+    6: TensorType("Q5_0", 32, 22, _q5_0),
+    7: TensorType("Q5_1", 32, 24, _q5_1),
     8: TensorType("Q8_0", 32, 34, _q8_0),
+    12: TensorType("Q4_K", 256, 144, q4_k),
+    13: TensorType("Q5_K", 256, 176, q5_k),
+    14: TensorType("Q6_K", 256, 210, q6_k),
     30: TensorType("BF16", 1, 2, _bf16),
 }
 
 # Names of the types that cannot be read yet, for the error that says so.
 UNSUPPORTED_TENSOR_TYPES: dict[int, str] = {
-    6: "Q5_0",
-    7: "Q5_1",
     9: "Q8_1",
     10: "Q2_K",
     11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",

@@ -1,6 +1,6 @@
 """From a file on disk to parameters on devices: find the format, assemble, cast, place.
 
-Knows neither Flax nor any module: the abstract parameters say what is wanted, by path.
+Knows no module: the abstract parameters say what is wanted, by path.
 """
 
 import math
@@ -15,21 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.gguf import GGUFCheckpoint
-from checkpoints.gguf_blocks import aligned_empty
 from checkpoints.gguf_file import MAGIC
-from jaxinfer.config import ModelConfig, TokenizerSpec
-from jaxinfer.sharding import physical_model, physical_parameter
+from checkpoints.hugging_face import CONFIG, HuggingFaceCheckpoint
+from checkpoints.orbax import DESCRIPTION, OrbaxCheckpoint
+from checkpoints.parameters import ParameterPath, assemble
+from jaxinfer.config import AnyTokenizer, ModelConfig
+from jaxinfer.models import parameter_shapes
+from jaxinfer.request import SamplingParams
+from jaxinfer.sharding import physical_model, physical_parameter, physical_shape, place
 
 # Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
-_NUM_THREADS = min(8, os.cpu_count() or 1)
+NUM_THREADS = min(8, os.cpu_count() or 1)
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-ParameterPath = tuple[str | int, ...]
-
 
 class Weights(Protocol):
-    """A model and its tensors: float32, ``[out, in]``, by the names of GGUFCheckpoint.tensor."""
+    """A model and its tensors: float32, ``[out, in]``, by the names of tensor_names."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -37,24 +39,36 @@ class Weights(Protocol):
     def tensor(self, name: str) -> np.ndarray: ...
 
 
-class Checkpoint(Weights, Protocol):
-    """Weights with the tokenizer they were trained with."""
+class Described(Protocol):
+    """What a checkpoint has besides weights: its tokenizer, and how it is to be sampled."""
 
     @property
-    def tokenizer(self) -> TokenizerSpec: ...
+    def tokenizer(self) -> AnyTokenizer: ...
+
+    @property
+    def default_sampling(self) -> SamplingParams: ...
+
+
+class TensorCheckpoint(Weights, Described, Protocol):
+    """A checkpoint whose tensors parameters are made of."""
+
+
+Checkpoint = TensorCheckpoint | OrbaxCheckpoint
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Opens a checkpoint, its format recognized by its first bytes.
+    """Opens a checkpoint: a folder by what is in it, a file by its first bytes.
 
-    Raises ``ValueError`` in one line: no such file, not a file, unknown format, damaged.
+    Raises ``ValueError`` in one line: no such file, unknown format, damaged, not supported.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path}: a GGUF file is needed, this is {_kind_of(path)}")
+        raise ValueError(f"{path}: no such file or folder")
     try:
+        if path.is_dir():
+            return _open_folder(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: a device or a pipe, no checkpoint")
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
         if start in (MAGIC, MAGIC[::-1]):
@@ -62,40 +76,55 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     raise ValueError(
-        f"{path}: unknown checkpoint format, starts with {start!r}; supported is GGUF ({MAGIC!r})"
+        f"{path}: unknown checkpoint format, starts with {start!r}; supported are GGUF files "
+        f"({MAGIC!r}), Hugging Face folders and what convert.py writes"
+    )
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if (path / DESCRIPTION).exists():
+        return OrbaxCheckpoint(path)
+    if (path / CONFIG).exists():
+        return HuggingFaceCheckpoint(path)
+    files = sorted(path.glob("*.gguf"))
+    hint = f"; give {files[0]}" if files else ""
+    raise ValueError(
+        f"{path}: neither {CONFIG} (a Hugging Face folder) nor {DESCRIPTION} (a converted one) "
+        f"is in it{hint}"
     )
 
 
 def load_parameters(
-    checkpoint: Weights,
+    checkpoint: Weights | OrbaxCheckpoint,
     abstract: Mapping[Any, Any],
     progress: Callable[[int, int], None] | None = None,
     num_devices: int = 1,
 ) -> dict[Any, Any]:
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
-    ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``. With
-    R = H // G, its paths are ``lm_head [E, V]``, ``embed_tokens [V, E]`` unless tied to the head,
-    ``norm [E]``, and in ``layers``, i: ``input_norm [E]``, ``qkv [E, G, R + 2, D]`` (of each kv
-    head its R query heads, its key head, its value head), ``o_proj [G, R, D, E]``,
-    ``post_attention_norm [E]``, ``gate_up [E, 2, F]``, ``down_proj [F, E]``.
+    ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``, the
+    parameters of the model's own module; checkpoints/parameters.py says what each is made of.
 
-    ``num_devices`` is what ``abstract`` was made for: G, R, F and V are those of
-    ``physical_model``, and heads are repeated and ends padded with zeros accordingly.
+    ``num_devices`` is what ``abstract`` was made for: its shapes are those of ``physical_model``,
+    and heads are repeated and ends padded with zeros accordingly.
     ``progress(done, total)`` is called in this thread after each parameter. The host holds the
     parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
     naming the paths that are missing, unknown, of another shape, or not finite.
     """
     wanted = dict(_leaves(abstract, ()))
-    _check_paths(wanted, physical_model(checkpoint.model, num_devices))
-    shapes = parameter_shapes(checkpoint.model)
+    model = checkpoint.model
+    _check_paths(wanted, model, num_devices)
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return _like(abstract, (), checkpoint.restore(wanted, num_devices, progress))
+    shapes = parameter_shapes(model)
 
     def make(path: ParameterPath) -> jax.Array:
-        array = _assemble(checkpoint, path, shapes[path], np.dtype(wanted[path].dtype))
-        return _place(array, path, wanted[path], checkpoint.model, num_devices)
+        dtype, is_tied = np.dtype(wanted[path].dtype), model.tie_word_embeddings
+        array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
+        return _place(array, path, wanted[path], model, num_devices)
 
     loaded: dict[ParameterPath, jax.Array] = {}
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         # The largest first, so that no thread is left alone with it at the end.
         order = sorted(wanted, key=lambda path: -math.prod(wanted[path].shape))
         futures = {pool.submit(make, path): path for path in order}
@@ -108,34 +137,6 @@ def load_parameters(
             pool.shutdown(cancel_futures=True)
             raise
     return _like(abstract, (), loaded)
-
-
-def parameter_shapes(model: ModelConfig) -> dict[ParameterPath, tuple[int, ...]]:
-    """Returns the shape of every parameter of a Llama, by path; axes as in load_parameters."""
-    embed, ffn, head_dim = model.hidden_size, model.intermediate_size, model.head_dim
-    groups = model.num_key_value_heads
-    queries = model.num_attention_heads // groups
-    shapes: dict[ParameterPath, tuple[int, ...]] = {
-        ("lm_head",): (embed, model.vocab_size),
-        ("norm",): (embed,),
-    }
-    if not model.tie_word_embeddings:
-        shapes["embed_tokens",] = (model.vocab_size, embed)
-    for layer in range(model.num_hidden_layers):
-        for name, shape in {
-            "input_norm": (embed,),
-            "qkv": (embed, groups, queries + 2, head_dim),
-            "o_proj": (groups, queries, head_dim, embed),
-            "post_attention_norm": (embed,),
-            "gate_up": (embed, 2, ffn),
-            "down_proj": (ffn, embed),
-        }.items():
-            shapes["layers", layer, name] = shape
-    return shapes
-
-
-def _kind_of(path: Path) -> str:
-    return "a directory" if path.is_dir() else "a device or a pipe"
 
 
 def _leaves(tree: Any, path: ParameterPath):
@@ -152,12 +153,14 @@ def _like(tree: Any, path: ParameterPath, leaves: Mapping[ParameterPath, Any]) -
     return leaves[path]
 
 
-def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig) -> None:
+def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig, num_devices: int) -> None:
+    physical = physical_model(model, num_devices)
     expected = parameter_shapes(model)
     for path in wanted:
         if path not in expected:
             raise ValueError(f"the checkpoint has nothing for parameter {path}")
-    for path, shape in expected.items():
+    for path, logical in expected.items():
+        shape = physical_shape(str(path[-1]), logical, physical)
         if path not in wanted:
             raise ValueError(f"the model lacks parameter {path}, which the checkpoint has")
         if tuple(wanted[path].shape) != shape:
@@ -183,40 +186,4 @@ def _place(
         raise ValueError(f"parameter {path} has values that are not finite: a damaged checkpoint?")
     physical = physical_model(model, num_devices)
     array = physical_parameter(str(path[-1]), array, model, physical)
-    # May alias: nothing else refers to the array, and on a CPU it need not be copied again.
-    return jax.device_put(array, wanted.sharding, may_alias=True)
-
-
-def _assemble(
-    checkpoint: Weights, path: ParameterPath, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    name = ".".join(str(key) for key in path)
-    *_, part = path
-    layer = name.removesuffix(str(part))
-    if part == "qkv":
-        return _assemble_qkv(checkpoint, layer, shape, dtype)
-    if part == "gate_up":
-        out = aligned_empty(shape, dtype)
-        out[:, 0] = checkpoint.tensor(layer + "gate").T
-        out[:, 1] = checkpoint.tensor(layer + "up").T
-        return out
-    if part == "lm_head":
-        tied = checkpoint.model.tie_word_embeddings
-        array = checkpoint.tensor("embed_tokens" if tied else name).T
-    elif part in ("o_proj", "down_proj"):
-        array = checkpoint.tensor(name.removesuffix("_proj")).T
-    else:
-        array = checkpoint.tensor(name)
-    return np.ascontiguousarray(array, dtype).reshape(shape)
-
-
-def _assemble_qkv(
-    checkpoint: Weights, layer: str, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    embed, groups, heads, head_dim = shape
-    out = aligned_empty(shape, dtype)
-    query = checkpoint.tensor(layer + "q").T
-    out[:, :, : heads - 2] = query.reshape(embed, groups, heads - 2, head_dim)
-    out[:, :, heads - 2] = checkpoint.tensor(layer + "k").T.reshape(embed, groups, head_dim)
-    out[:, :, heads - 1] = checkpoint.tensor(layer + "v").T.reshape(embed, groups, head_dim)
-    return out
+    return place(array, wanted)

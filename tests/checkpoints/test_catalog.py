@@ -76,7 +76,9 @@ def test_a_path_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_catalog(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"'other' is neither a file nor .* known are small"):
+    with pytest.raises(
+        ValueError, match=r"'other' is neither a file or folder nor .* known are small"
+    ):
         resolve("other")
     assert not folder.exists()
 

@@ -10,8 +10,11 @@ from checkpoints.gguf_blocks import (
     dequantize_rows,
 )
 
+# What gguf-py can also quantize into; of the others, any bytes are a sound block.
+QUANTIZABLE = [n for n, kind in TENSOR_TYPES.items() if not kind.name.endswith("_K")]
 
-@pytest.mark.parametrize("number", TENSOR_TYPES, ids=lambda number: TENSOR_TYPES[number].name)
+
+@pytest.mark.parametrize("number", QUANTIZABLE, ids=lambda number: TENSOR_TYPES[number].name)
 @pytest.mark.parametrize("shape", [(1, 32), (3, 64), (40, 320), (700, 512)])
 def test_numbers_are_exactly_those_of_gguf_py(number: int, shape: tuple[int, int]) -> None:
     kind = gguf.GGMLQuantizationType(number)

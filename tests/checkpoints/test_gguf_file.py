@@ -135,7 +135,7 @@ def info(
         ([info(num_dimensions=0)], "0 dimensions, 1 to 4"),
         ([info(num_dimensions=1 << 31)], f"{1 << 31} dimensions, 1 to 4"),
         ([info((33, 4), tiny_gguf.Q4_0)], "rows of 33 elements, not a multiple of the 32"),
-        ([info(number=12)], "'x' has type Q4_K; supported are BF16, F16, F32, Q4_0, Q4_1, Q8_0"),
+        ([info(number=11)], "'x' has type Q3_K; supported are BF16, F16, F32, Q4_0, Q4_1, Q4_K, "),
         ([info(number=77)], "'x' has type 77; supported"),
         ([info(offset=16)], "offset 16, not a multiple of the alignment 32"),
         ([info(offset=1 << 40)], "'x' ends at byte .*, the file has"),

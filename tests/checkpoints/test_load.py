@@ -12,9 +12,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from checkpoints.catalog import resolve
-from checkpoints.load import load_parameters, open_checkpoint, parameter_shapes
+from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models, sharding
 from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.models import parameter_shapes
 from jaxinfer.sharding import make_mesh
 from tests.checkpoints import tiny_gguf
 from tests.conftest import ManyDevices
@@ -64,7 +66,8 @@ def test_every_number_stands_where_the_model_reads_it(name: str) -> None:
     else:
         np.testing.assert_array_equal(loaded["lm_head"], weights["embed_tokens"].T)
     dim, queries = model.head_dim, model.num_attention_heads // model.num_key_value_heads
-    for layer, parameters in loaded["layers"].items():
+    for layer, modules in loaded["layers"].items():
+        parameters = {**modules, **modules["attention"], **modules["mlp"]}
         own = {part: weights[f"layers.{layer}.{part}"] for part in ("q", "k", "v", "o", "down")}
         for group in range(model.num_key_value_heads):
             for query in range(queries):
@@ -96,7 +99,7 @@ def test_dtype_sharding_and_progress() -> None:
     for array, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(abstract), strict=True):
         assert (array.dtype, array.sharding) == (jnp.bfloat16, wanted.sharding)
     expected = source.weights["layers.1.down"].T.astype(jnp.bfloat16)
-    np.testing.assert_array_equal(loaded["layers"][1]["down_proj"], expected)
+    np.testing.assert_array_equal(loaded["layers"][1]["mlp"]["down_proj"], expected)
 
 
 def test_parameters_that_do_not_fit_are_named() -> None:
@@ -135,11 +138,11 @@ def test_a_gguf_file_gives_the_parameters_of_its_weights(tmp_path: Path) -> None
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="absent: no such file"):
         open_checkpoint(tmp_path / "absent")
-    with pytest.raises(ValueError, match="this is a directory"):
+    with pytest.raises(ValueError, match=r"neither config\.json .* nor jaxinfer\.json .* is in"):
         open_checkpoint(tmp_path)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(ValueError, match="this is a device or a pipe"):
+    with pytest.raises(ValueError, match="a device or a pipe, no checkpoint"):
         open_checkpoint(pipe)
     for content in (b"", b"GG", b"PK\x03\x04 a zip file", bytes(100)):
         other = tmp_path / "other"
@@ -181,12 +184,15 @@ def test_the_default_model_loads_in_seconds() -> None:
     jax.block_until_ready(parameters)
     # 0.5 s on two idle cores; the limit is the promise, with room for a busy machine.
     assert time.monotonic() - start < 10
+    assert isinstance(checkpoint, GGUFCheckpoint)
     down = checkpoint.tensor("layers.7.down")
-    np.testing.assert_array_equal(parameters["layers"][7]["down_proj"], down.T)
+    np.testing.assert_array_equal(parameters["layers"][7]["mlp"]["down_proj"], down.T)
 
 
 def test_numbers_that_are_not_finite_are_named() -> None:
     source = random_weights("grouped_tied")
     source.weights["layers.1.k"][3, 5] = np.nan
-    with pytest.raises(ValueError, match=r"\('layers', 1, 'qkv'\) has values that are not finite"):
+    with pytest.raises(
+        ValueError, match=r"\('layers', 1, 'attention', 'qkv'\) has values that are not finite"
+    ):
         load_parameters(source, abstract_parameters(source.model))

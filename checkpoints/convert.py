@@ -1,0 +1,95 @@
+"""Any checkpoint as a converted one: its parameters made once, and where they come from."""
+
+import datetime
+import hashlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.load import NUM_THREADS, TensorCheckpoint
+from checkpoints.orbax import write_checkpoint
+from checkpoints.parameters import ParameterPath, assemble
+from jaxinfer.models import parameter_shapes
+
+# What is looked at of a folder.
+_SOURCES = ("*.json", "*.jinja", "*.safetensors")
+_LIBRARIES = ("jaxinfer", "jax", "orbax-checkpoint")
+
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    checkpoint: TensorCheckpoint,
+    folder: Path,
+    dtype: np.dtype,
+    provenance: dict[str, Any],
+    progress: Progress | None = None,
+) -> None:
+    """Writes ``checkpoint`` as a converted folder with parameters in ``dtype``.
+
+    The host holds all parameters meanwhile. ``progress(done, total)`` counts them. Raises
+    ``ValueError`` for values that are not finite, in ``dtype`` too, and where ``folder`` exists.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    shapes = parameter_shapes(model)
+
+    def make(path: ParameterPath) -> np.ndarray:
+        is_tied = model.tie_word_embeddings
+        array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
+        if not np.isfinite(array).all():
+            raise ValueError(f"parameter {path} has values that are not finite in {dtype.name}")
+        return array
+
+    parameters: dict[ParameterPath, np.ndarray] = {}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        order = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
+        futures = {pool.submit(make, path): path for path in order}
+        try:
+            for future in as_completed(futures):
+                parameters[futures[future]] = future.result()
+                if progress:
+                    progress(len(parameters), len(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    sampling = checkpoint.default_sampling
+    write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance)
+
+
+def provenance(source: str, path: Path, dtype: np.dtype, progress: Progress | None = None):
+    """Where a conversion comes from: files with their SHA-256, versions, the time.
+
+    ``source`` is what the user named, ``path`` where it lies. ``progress(done, total)`` counts
+    bytes.
+    """
+    files = [path] if path.is_file() else sorted(f for kind in _SOURCES for f in path.glob(kind))
+    total, done, hashes = sum(file.stat().st_size for file in files), 0, {}
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(8 << 20):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress:
+                    progress(done, total)
+        hashes[file.name] = {"sha256": digest.hexdigest(), "bytes": file.stat().st_size}
+    return {
+        "source": source,
+        "name": path.name,  # of a model of the hub, the commit
+        "files": hashes,
+        "dtype": dtype.name,
+        "versions": {library: _version(library) for library in _LIBRARIES},
+        "converted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,123 @@
+"""A Hugging Face folder as a checkpoint: config.json, safetensors, tokenizer.json.
+
+A tensor or a setting that would change the computation in a way the model does not know is refused,
+never ignored. No code of a folder is run.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.generation_config import read_default_sampling
+from checkpoints.json_file import read_json
+from checkpoints.parameters import tensor_shapes
+from checkpoints.safetensors_files import SafetensorsFiles
+from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, Place, tensor_places
+from checkpoints.tokenizer_json import read_tokenizer
+from jaxinfer.config import TokenizerJson
+from jaxinfer.models import family, parameter_shapes, read_config
+from jaxinfer.request import SamplingParams
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 1 << 20
+
+# Buffers that older versions of transformers saved with the weights.
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias")
+
+
+class HuggingFaceCheckpoint:
+    """A folder opened for loading: ``model``, ``tokenizer`` and ``tensor(name)``.
+
+    Raises ``ValueError`` when files are missing or damaged, or describe a model that is not
+    supported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+        _refuse_quantized(folder, config)
+        try:
+            self.model = read_config(config)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        self._config = config
+        self._files = SafetensorsFiles(folder)
+        self._family = family(self.model.architecture)
+        is_tied = self.model.tie_word_embeddings
+        self._shapes = tensor_shapes(parameter_shapes(self.model), is_tied)
+        self._places = self._find_places()
+        self._check_tensors()
+
+    @property
+    def tokenizer(self) -> TokenizerJson:
+        """The tokenizer. Raises ``ValueError`` when there is none or it is not supported."""
+        text_config = self._config.get("text_config", self._config)
+        return read_tokenizer(self.folder, self.model.vocab_size, text_config)
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What generation_config.json asks for. Raises ``ValueError`` when that cannot be."""
+        return read_default_sampling(self.folder)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Returns a tensor as float32, ``[out, in]``, by its canonical name, see tensor_names.
+
+        Raises ``ValueError`` for a name that the model has not.
+        """
+        if name not in self._places:
+            raise ValueError(f"no tensor {name!r} in {self.folder}")
+        place = self._places[name]
+        parts = [self._files.read(file_name, place.rows) for file_name in place.names]
+        tensor = parts[0] if len(self._shapes[name]) < 3 else np.stack(parts)
+        if name.endswith("norm") and self._family.norm_offset:
+            tensor += np.float32(self._family.norm_offset)
+        return tensor
+
+    def _find_places(self) -> dict[str, Place]:
+        shapes = self._files.shapes()
+        embedding = HUGGING_FACE_MODEL["embed_tokens"]
+        prefixes = self._family.hugging_face_prefixes
+        prefix = next((p for p in prefixes if p + embedding in shapes), prefixes[0])
+        names = {canonical: prefix + name for canonical, name in HUGGING_FACE_MODEL.items()}
+        own, layer = self._family.hugging_face, prefix + "model.layers.{layer}."
+        return tensor_places(self._shapes, names, HUGGING_FACE_LAYER, own, layer)
+
+    def _check_tensors(self) -> None:
+        """Every tensor the model needs is there in its shape, and there is no other."""
+        found, known = self._files.shapes(), set[str]()
+        for place in self._places.values():
+            for name in place.names:
+                if name not in found:
+                    raise ValueError(f"{self.folder}: tensor {name!r} is missing")
+                if found[name] != place.shape:
+                    raise ValueError(
+                        f"{self.folder}: tensor {name!r} has shape {found[name]}, the model "
+                        f"needs {place.shape}"
+                    )
+                self._files.check_dtype(name)
+                known.add(name)
+        ignored = self._family.hugging_face_ignored
+        unknown = sorted(
+            name
+            for name in found.keys() - known
+            if not (_IGNORED.fullmatch(name) or (ignored and name.startswith(ignored)))
+            # Tied, and saved all the same.
+            and not (self.model.tie_word_embeddings and name.endswith("lm_head.weight"))
+        )
+        if unknown:
+            raise ValueError(
+                f"{self.folder}: {len(unknown)} tensors that a {self.model.architecture} model "
+                f"does not have, {unknown[0]!r} the first"
+            )
+
+
+def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ValueError(
+            f"{folder / CONFIG}: weights quantized by {method or quantization!r:.40} are not "
+            f"supported: give the model they were made of, or a GGUF file"
+        )

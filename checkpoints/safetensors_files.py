@@ -1,0 +1,90 @@
+"""The safetensors files of a folder, one or many with an index, as tensors by name.
+
+The library checks a file's header against its size: lengths, offsets, shapes and types. What an
+index says is checked here.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from checkpoints.json_file import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+DTYPES = ("F32", "F16", "BF16")
+
+
+class _Tensor(NamedTuple):
+    file: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class SafetensorsFiles:
+    """Tensors of a folder, memory-mapped. Raises ``ValueError`` when they are not sound."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, _Tensor] = {}
+        if (folder / INDEX).exists():
+            placed = self._read_index()
+        elif (folder / SINGLE).exists():
+            placed = None
+            self._open(SINGLE)
+        else:
+            raise ValueError(
+                f"{folder}: neither {SINGLE} nor {INDEX}; other formats of weights are not read"
+            )
+        for name, file_name in (placed or {}).items():
+            if name not in self._tensors:
+                raise ValueError(f"{folder / INDEX}: tensor {name!r:.80} is not in {file_name}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def check_dtype(self, name: str) -> None:
+        """Raises ``ValueError`` for a tensor that cannot be read: of other numbers than floats."""
+        dtype = self._tensors[name].dtype
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{self.folder}: tensor {name!r} has type {dtype}; supported are "
+                f"{', '.join(DTYPES)}"
+            )
+
+    def read(self, name: str, rows: slice) -> np.ndarray:
+        """``rows`` of a tensor as float32."""
+        tensor = self._tensors[name]
+        if rows == slice(0, tensor.shape[0]):
+            return tensor.file.get_tensor(name).astype(np.float32)
+        return tensor.file.get_slice(name)[rows].astype(np.float32)
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        placed = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(placed, dict) or not placed:
+            raise ValueError(f"{path}: weight_map must be an object with an entry a tensor")
+        for file_name in {str(name): None for name in placed.values()}:
+            # A plain name: an index must not lead out of its folder.
+            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+                raise ValueError(f"{path}: {file_name!r:.80} is no name of a safetensors file")
+            self._open(file_name)
+        return placed
+
+    def _open(self, file_name: str) -> None:
+        path = self.folder / file_name
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, or not a regular one")
+        try:
+            file = safe_open(path, framework="numpy")
+            for name in file.keys():  # noqa: SIM118  # no mapping
+                if name in self._tensors:
+                    raise ValueError(f"{path}: tensor {name!r:.80} is in another file too")
+                part = file.get_slice(name)
+                self._tensors[name] = _Tensor(file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged or not fetched to the end: {error}") from error
