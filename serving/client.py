@@ -15,6 +15,15 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serving.address import check_address
+from serving.client_requests import (
+    abort_request,
+    check_one_choice,
+    check_timeout,
+    detokenize_request,
+    generate_request,
+    tokenize_request,
+)
 from serving.events import (
     Completion,
     Delta,
@@ -29,11 +38,8 @@ from serving.events import (
     TokenLogprobs,
     TopLogprob,
     Usage,
-    check_one_choice,
     completions_of,
     event_of,
-    generate_request,
-    tokenize_request,
 )
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
@@ -82,10 +88,15 @@ class ServerError(Exception):
 
 
 class Client:
-    """Calls a server at ``target`` ("host:port"). May be shared between threads."""
+    """Calls a server at ``target``, HOST:PORT. May be shared between threads.
+
+    Raises ``TypeError`` or ``ValueError`` naming the argument that no call can be made with.
+    """
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(
+            check_address("target", target), options=CHANNEL_OPTIONS
+        )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # has no types
 
@@ -122,11 +133,13 @@ class Client:
         return tuple(response.token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, skip_control_tokens: bool = True) -> str:
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_control_tokens=skip_control_tokens)
+        request = detokenize_request(token_ids, skip_control_tokens=skip_control_tokens)
         with _errors():
             return self._stub.Detokenize(request).text
 
     def model_info(self, *, timeout: float | None = None) -> pb.GetModelInfoResponse:
+        if timeout is not None:
+            check_timeout(timeout)
         with _errors():
             return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
 
@@ -137,10 +150,11 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """Ends a live request, also another client's; whether there was one."""
         with _errors():
-            return self._stub.Abort(pb.AbortRequest(request_id=request_id)).was_live
+            return self._stub.Abort(abort_request(request_id)).was_live
 
     def is_serving(self, *, timeout: float) -> bool:
         """Whether the model is loaded; ``ServerError`` where nobody answers within ``timeout``."""
+        check_timeout(timeout)
         with _errors():
             reply = self._health.Check(_HEALTH_REQUEST, timeout=timeout)
         return reply.status == health_pb2.HealthCheckResponse.SERVING
@@ -168,7 +182,9 @@ class AsyncClient:
     """The same for asyncio. Construct it inside the loop that uses it."""
 
     def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(
+            check_address("target", target), options=CHANNEL_OPTIONS
+        )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # has no types
 
@@ -207,11 +223,13 @@ class AsyncClient:
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_control_tokens: bool = True
     ) -> str:
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_control_tokens=skip_control_tokens)
+        request = detokenize_request(token_ids, skip_control_tokens=skip_control_tokens)
         with _errors():
             return (await self._stub.Detokenize(request)).text
 
     async def model_info(self, *, timeout: float | None = None) -> pb.GetModelInfoResponse:
+        if timeout is not None:
+            check_timeout(timeout)
         with _errors():
             return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
 
@@ -222,10 +240,11 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """Ends a live request, also another client's; whether there was one."""
         with _errors():
-            return (await self._stub.Abort(pb.AbortRequest(request_id=request_id))).was_live
+            return (await self._stub.Abort(abort_request(request_id))).was_live
 
     async def is_serving(self, *, timeout: float) -> bool:
         """Whether the model is loaded; ``ServerError`` where nobody answers within ``timeout``."""
+        check_timeout(timeout)
         with _errors():
             reply = await self._health.Check(_HEALTH_REQUEST, timeout=timeout)
         return reply.status == health_pb2.HealthCheckResponse.SERVING
@@ -262,6 +281,7 @@ def _errors() -> Iterator[None]:
 
 def _polls(timeout: float) -> Iterator[float]:
     """The seconds that are left, as long as some are; then raises ``TimeoutError``."""
+    check_timeout(timeout)
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         yield left

@@ -1,8 +1,6 @@
-"""What a client sends and gets, and how it stands in messages. Imports neither gRPC nor JAX."""
+"""What a client gives and gets; reads it from messages. Imports neither gRPC nor JAX."""
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -11,11 +9,16 @@ from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    ``tool_calls``, each a JSON object as text, are an assistant's; a tool answers ``tool_call_id``.
+    """
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: Sequence[str] = ()
+    tool_call_id: str | None = None
 
 
 # Text, token ids, or a conversation.
@@ -23,12 +26,14 @@ type Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class PromptOptions(TypedDict, total=False):
-    """How a prompt becomes tokens: fields of the .proto. All but the first are for chats."""
+    """How a prompt becomes tokens: fields of the .proto. All but the first two are for chats."""
 
     add_special_tokens: bool
+    parse_special_tokens: bool
     add_generation_prompt: bool
     continue_final_message: bool
     template_arguments: Mapping[str, str]
+    tools: Sequence[str]
 
 
 class GenerateOptions(PromptOptions, total=False):
@@ -159,93 +164,6 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
-    """The message of a call.
-
-    Raises ``TypeError`` naming the nearest option for one that does not exist, and ``TypeError``
-    or ``ValueError`` naming the field for values that no message can hold.
-    """
-    request = pb.GenerateRequest()
-    _set_prompt(request, prompt)
-    _set_options(request, options)
-    return request
-
-
-def tokenize_request(prompt: str | Sequence[Message], options: PromptOptions) -> pb.TokenizeRequest:
-    """The message of a call; raises what ``generate_request`` does."""
-    request = pb.TokenizeRequest()
-    _set_prompt(request, prompt)
-    _set_options(request, options)
-    return request
-
-
-def _set_options(
-    request: pb.GenerateRequest | pb.TokenizeRequest, options: Mapping[str, object]
-) -> None:
-    known = GenerateOptions if isinstance(request, pb.GenerateRequest) else PromptOptions
-    for name, value in options.items():
-        if name not in known.__annotations__:
-            near = difflib.get_close_matches(name, known.__annotations__, n=1, cutoff=0.0)
-            raise TypeError(f"there is no option {name!r:.80}; the nearest is {near[0]!r}")
-        if value is None or name == "timeout":
-            continue
-        target = request
-        if name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
-            assert isinstance(request, pb.GenerateRequest)
-            target = request.sampling
-        elif name in pb.Chat.DESCRIPTOR.fields_by_name:
-            if request.WhichOneof("prompt") != "chat":
-                raise ValueError(f"{name} is for a prompt of messages")
-            target = request.chat
-        field = target.DESCRIPTOR.fields_by_name[name]
-        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if field.is_repeated and isinstance(value, str):
-            raise ValueError(f"{name} must be several strings, got {value!r:.80}")
-        with _naming(name, value):
-            if is_map != isinstance(value, Mapping):
-                raise TypeError("a mapping is wanted" if is_map else "no mapping is wanted")
-            if is_map:
-                getattr(target, name).update(value)
-            elif not field.is_repeated:
-                setattr(target, name, value)
-            else:
-                getattr(target, name).extend(value)
-
-
-@contextmanager
-def _naming(name: str, value: object) -> Iterator[None]:
-    """Around giving ``value`` to a field: protobuf's own errors do not say which one it was."""
-    try:
-        yield
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not valid Unicode ({error.reason}): {value!r:.80}") from None
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}, got {value!r:.80}") from None
-
-
-def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt) -> None:
-    if isinstance(prompt, str):
-        with _naming("the prompt", prompt):
-            request.text = prompt
-        return
-    messages = [item for item in prompt if isinstance(item, Message)]
-    if messages:
-        if len(messages) != len(prompt):
-            raise ValueError("a prompt has either messages or token ids, not both")
-        for i, message in enumerate(messages):
-            with _naming(f"message {i} of the prompt", message):
-                request.chat.messages.add(
-                    role=message.role, content=message.content, name=message.name
-                )
-    elif isinstance(request, pb.GenerateRequest):
-        request.token_ids.SetInParent()
-        with _naming("the prompt", prompt):
-            request.token_ids.ids.extend(item for item in prompt if not isinstance(item, Message))
-    else:
-        raise ValueError("only a text or messages can be tokenized")
-
-
 def event_of(response: pb.GenerateResponse) -> Event:
     """The event in a response; raises ``ValueError`` when it is newer than this client."""
     match response.WhichOneof("event"):
@@ -329,9 +247,3 @@ def completions_of(events: Iterable[Event]) -> tuple[Completion, ...]:
         )
         for choice, finished in sorted(ends.items())
     )
-
-
-def check_one_choice(options: GenerateOptions) -> None:
-    """Raises ``ValueError`` where there may be several completions, or none."""
-    if options.get("n") not in (None, 1):
-        raise ValueError(f"n is {options.get('n')}: complete_choices returns several choices")

@@ -88,6 +88,13 @@ class _Stop:
     pass
 
 
+def check_room(num_live: int, num_choices: int, limit: int) -> None:
+    """Raises ``TooManyRequestsError`` where one more request would be too many."""
+    if num_live + num_choices > limit:
+        counts = f"; this one counts as {num_choices}, its choices" if num_choices > 1 else ""
+        raise TooManyRequestsError(f"{num_live} requests are live, the limit is {limit}{counts}")
+
+
 @dataclass
 class _Delivery:
     """What one turn of the engine's thread has to tell the asyncio thread."""
@@ -101,7 +108,8 @@ class EngineLoop:
     """Runs an engine in a thread of its own for the asyncio loop that constructs it.
 
     Every method is called from that asyncio loop. ``max_live_requests`` bounds what is accepted
-    and not finished, waiting requests included. ``on_end`` gets what the engine raised, or None,
+    and not finished, waiting requests included; a request of n choices counts as n, since it may
+    take n slots and keep n outputs. ``on_end`` gets what the engine raised, or None,
     when the thread has ended.
     """
 
@@ -139,13 +147,14 @@ class EngineLoop:
 
     @property
     def num_live_requests(self) -> int:
-        return len(self._live)
+        """A request of n choices counts as n until the last of them has ended."""
+        return sum(stream.request.n for stream in self._live.values())
 
     @property
     def is_accepting(self) -> bool:
         return not self._is_draining and self._failure is None
 
-    def check_accepts(self, request_id: str) -> None:
+    def check_accepts(self, request_id: str, num_choices: int = 1) -> None:
         """Raises what ``submit`` would raise now; asked before work is put into a request."""
         if self._failure is not None:
             raise EngineFailedError("the engine has failed; the server is going down")
@@ -153,10 +162,7 @@ class EngineLoop:
             raise NotServingError("the server is shutting down")
         if request_id in self._live:
             raise DuplicateRequestError(f"a live request has request_id {request_id!r} already")
-        if len(self._live) >= self.max_live_requests:
-            raise TooManyRequestsError(
-                f"{len(self._live)} requests are live, the limit is {self.max_live_requests}"
-            )
+        check_room(self.num_live_requests, num_choices, self.max_live_requests)
 
     def submit(self, request: Request, new_text: Callable[[], Text]) -> RequestStream:
         """Hands a request to the engine; its stream must be given to ``close`` in the end.
@@ -164,7 +170,7 @@ class EngineLoop:
         ``new_text`` makes the text of one choice. Raises ``EngineFailedError``,
         ``NotServingError``, ``DuplicateRequestError`` or ``TooManyRequestsError``.
         """
-        self.check_accepts(request.request_id)
+        self.check_accepts(request.request_id, request.n)
         texts = {choice: new_text() for choice in range(request.n)}
         stream = RequestStream(request)
         self._live[request.request_id] = stream

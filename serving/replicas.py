@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from jaxinfer.request import Request
 from jaxinfer.schedule import EngineStats
-from serving.loop import Engine, EngineLoop, Text, TooManyRequestsError
+from serving.loop import Engine, EngineLoop, Text, check_room
 from serving.request_stream import RequestStream
 
 
@@ -14,7 +14,8 @@ class Replicas:
     """Runs engines for the asyncio loop that constructs it, and looks like one ``EngineLoop``.
 
     A new request goes to the engine with the fewest live ones, of those the first. When one engine
-    fails, all do. ``max_live_requests`` is over all. Errors are those of ``EngineLoop``.
+    fails, all do. ``max_live_requests`` is over all, and counts as that of ``EngineLoop``, whose
+    errors these are.
     """
 
     def __init__(self, engines: Sequence[Engine], *, max_live_requests: int = 512) -> None:
@@ -43,18 +44,15 @@ class Replicas:
     def is_accepting(self) -> bool:
         return all(loop.is_accepting for loop in self._loops)
 
-    def check_accepts(self, request_id: str) -> None:
+    def check_accepts(self, request_id: str, num_choices: int = 1) -> None:
         """Raises what ``submit`` would raise now; asked before work is put into a request."""
         for loop in self._loops:
-            loop.check_accepts(request_id)
-        if self.num_live_requests >= self.max_live_requests:
-            raise TooManyRequestsError(
-                f"{self.num_live_requests} requests are live, the limit is {self.max_live_requests}"
-            )
+            loop.check_accepts(request_id, num_choices)
+        check_room(self.num_live_requests, num_choices, self.max_live_requests)
 
     def submit(self, request: Request, new_text: Callable[[], Text]) -> RequestStream:
         """Hands a request to an engine; its stream must be given to ``close`` in the end."""
-        self.check_accepts(request.request_id)
+        self.check_accepts(request.request_id, request.n)
         loop = min(self._loops, key=lambda loop: loop.num_live_requests)
         return loop.submit(request, new_text)
 

@@ -122,4 +122,11 @@ def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
         eos_token_ids=served.tokenizer.eos_token_ids,
         bos_token_id=served.tokenizer.bos_token_id,
         has_chat_template=served.tokenizer.has_chat_template,
+        default_sampling=pb.SamplingParams(
+            temperature=served.default_sampling.temperature,
+            top_k=served.default_sampling.top_k,
+            top_p=served.default_sampling.top_p,
+            min_p=served.default_sampling.min_p,
+            repetition_penalty=served.default_sampling.repetition_penalty,
+        ),
     )

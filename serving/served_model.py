@@ -1,18 +1,21 @@
 """What a server serves: engines, a tokenizer and their description. Knows no gRPC, no files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.request import SamplingParams
 from serving.loop import Engine
 
 
 class Tokenizer(Protocol):
     """What the service needs of a tokenizer. Its methods may be called from several threads."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], skip_control_tokens: bool = True) -> str: ...
 
@@ -22,10 +25,12 @@ class Tokenizer(Protocol):
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_arguments: Mapping[str, str | bool] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        parse_special_tokens: bool = False,
     ) -> list[int]:
         """Raises ``ValueError`` when the template refuses the conversation."""
         ...
@@ -47,6 +52,8 @@ class Tokenizer(Protocol):
 class ServedModel:
     """All that a service is given. ``quantization`` names the weights' format, "" for none.
 
+    ``default_sampling`` is in effect where a request says nothing.
+
     Every one of ``engines`` has the whole model and an ``engine_config`` of its own; a request is
     given to one of them.
     """
@@ -58,6 +65,7 @@ class ServedModel:
     dtypes: DtypePolicy
     tokenizer: Tokenizer
     quantization: str = ""
+    default_sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 def package_version() -> str:

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from jaxinfer.request import Request
 from serving import responses
+from serving.chat_inputs import chat_inputs
 from serving.loop import (
     DuplicateRequestError,
     EngineFailedError,
@@ -30,7 +31,7 @@ from serving.output_text import output_texts
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.replicas import Replicas
 from serving.request_stream import RequestStream
-from serving.served_model import ServedModel, Tokenizer
+from serving.served_model import ServedModel
 from serving.validate import (
     check_generation,
     check_prompt,
@@ -220,7 +221,7 @@ class InferenceService:
         wanted = request.sampling
         with _refusing_value_errors():
             check_generation(request, served.name)
-            sampling = sampling_params(wanted)
+            sampling = sampling_params(wanted, served.default_sampling)
         token_ids = await self._encode(request, served)
         with _refusing_value_errors():
             max_model_len = served.engine_config.max_model_len
@@ -247,19 +248,21 @@ class InferenceService:
     async def _encode(
         self, request: pb.GenerateRequest | pb.TokenizeRequest, served: ServedModel
     ) -> list[int]:
-        tokenizer = served.tokenizer
+        tokenizer, parses = served.tokenizer, request.parse_special_tokens
         with _refusing_value_errors():
             num_characters = check_prompt(request, tokenizer.has_chat_template)
             match request.WhichOneof("prompt"):
                 case "text":
-                    special = is_on(request, "add_special_tokens")
+                    adds = is_on(request, "add_special_tokens")
                     return await self._in_thread(
-                        lambda: tokenizer.encode(request.text, add_special_tokens=special),
-                        num_characters,
+                        lambda: tokenizer.encode(request.text, adds, parses), num_characters
                     )
                 case "chat":
                     return await self._in_thread(
-                        lambda: _encode_chat(request.chat, tokenizer), num_characters
+                        lambda: tokenizer.encode_chat(
+                            *chat_inputs(request.chat), parse_special_tokens=parses
+                        ),
+                        num_characters,
                     )
                 case _:
                     assert isinstance(request, pb.GenerateRequest)
@@ -301,22 +304,3 @@ class InferenceService:
                 if first_token_at is not None:
                     timings.time_to_first_token_seconds = first_token_at - arrived
                 await context.write(responses.finished(told, timings))
-
-
-def _encode_chat(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
-    messages = [
-        {"role": message.role, "content": message.content}
-        | ({"name": message.name} if message.HasField("name") else {})
-        for message in chat.messages
-    ]
-    booleans = {"true": True, "false": False}
-    return tokenizer.encode_chat(
-        messages,
-        add_generation_prompt=(
-            is_on(chat, "add_generation_prompt") and not chat.continue_final_message
-        ),
-        continue_final_message=chat.continue_final_message,
-        template_arguments={
-            name: booleans.get(value, value) for name, value in chat.template_arguments.items()
-        },
-    )

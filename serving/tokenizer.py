@@ -1,69 +1,41 @@
-"""Text to token ids and back: byte-level BPE rebuilt from a checkpoint's description.
+"""Text to token ids and back, by the tokenizer that a checkpoint describes.
 
 Knows nothing of files or of the engine.
 """
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
-
-from jaxinfer.config import TokenizerSpec
+from jaxinfer.config import AnyTokenizer, TokenizerJson
+from serving import tokenizer_library
 from serving.chat_template import ChatTemplate
 
-_LLAMA_3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN_2_SPLIT = _LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _split_then_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-    return pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-
-
-def _gpt_2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-# By the name in GGUF's "tokenizer.ggml.pre"; each as in the Hugging Face tokenizer it stands for.
-_PRE_TOKENIZERS = {
-    "gpt-2": _gpt_2,
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), _gpt_2()]
-    ),
-    "llama-bpe": lambda: _split_then_bytes(_LLAMA_3_SPLIT),
-    "qwen2": lambda: _split_then_bytes(_QWEN_2_SPLIT),
-}
-_NORMALIZERS = {"qwen2": normalizers.NFC}
-# Llama 3 takes a word that is itself a token whole, merges or not.
-_IGNORE_MERGES = ("llama-bpe",)
+# Letters of Linear B: without case or other forms, and printable, so that no filter of a template
+# alters or escapes them.
+_MARKS = [chr(code) for code in range(0x10000, 0x1000C)]
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. Raises ``ValueError`` when ``spec`` does not describe one.
+    """A BPE tokenizer. Raises ``ValueError`` when ``spec`` does not describe one.
 
-    Special tokens written out in a text ("<|im_end|>") become those tokens, as in Hugging Face:
-    a prompt is trusted to that degree, and so is the content of a chat message. Bytes for which
-    the vocabulary has no token (some control characters in SmolLM) are dropped, as there.
+    Special tokens written out ("<|im_end|>") in a text, or in the messages and tools of a chat, are
+    text, unless ``parse_special_tokens`` asks for what Hugging Face does everywhere: to take them
+    for those tokens. Those that a chat template writes are tokens always. Bytes for which the
+    vocabulary has no token (some control characters in SmolLM) are dropped, as there.
     """
 
-    def __init__(self, spec: TokenizerSpec) -> None:
-        if spec.pre_tokenizer not in _PRE_TOKENIZERS:
-            raise ValueError(
-                f"pre-tokenizer {spec.pre_tokenizer!r} is not supported; "
-                f"supported are {', '.join(sorted(_PRE_TOKENIZERS))}"
-            )
+    def __init__(self, spec: AnyTokenizer) -> None:
         self._spec = spec
-        self._tokenizer = _build(spec)
+        self._parsing = tokenizer_library.build(spec)
+        # A second one, as the library has this as a setting that all threads would share.
+        self._literal = tokenizer_library.build(spec)
+        self._literal.encode_special_tokens = True
+        tokens = sorted((spec.tokens[i] for i in spec.control_token_ids), key=len, reverse=True)
+        self._special = re.compile("|".join(re.escape(token) for token in tokens if len(token) > 1))
+        self._bytes_of = tokenizer_library.token_bytes(spec)
         self._control_ids = frozenset(spec.control_token_ids)
-        # Control and added tokens are written as they are, not in the byte alphabet.
-        self._literal_ids = self._control_ids | frozenset(spec.added_token_ids)
         self._template = None
         if spec.chat_template is not None:
             self._template = ChatTemplate(spec.chat_template, _special_tokens(spec))
@@ -88,7 +60,9 @@ class Tokenizer:
         """True when chats can be rendered."""
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> list[int]:
         """Returns token ids. ``add_special_tokens`` puts BOS first where the checkpoint wants it.
 
         Raises ``ValueError`` for text that is no Unicode (a lone surrogate).
@@ -97,9 +71,11 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start}") from error
+        tokenizer = self._parsing if parse_special_tokens else self._literal
         # The batch call lets other threads run meanwhile; encode() holds the interpreter's lock,
         # a second for a long prompt.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        own = add_special_tokens and isinstance(self._spec, TokenizerJson)
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=own)
         token_ids = encoding.ids
         if add_special_tokens and self._spec.add_bos_token and self.bos_token_id is not None:
             return [self.bos_token_id, *token_ids]
@@ -108,10 +84,12 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], skip_control_tokens: bool = True) -> str:
         """Returns the text of token ids; bytes that are no UTF-8 become U+FFFD.
 
-        Raises ``ValueError`` for an id outside the vocabulary.
+        It is a whole text: the space that a tokenizer puts before one is left out. Raises
+        ``ValueError`` for an id outside the vocabulary.
         """
         data = b"".join(self.token_bytes(token_id, skip_control_tokens) for token_id in token_ids)
-        return data.decode("utf-8", errors="replace")
+        text = data.decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._spec.add_space_prefix else text
 
     def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes:
         """Returns the bytes of one token, which may be a part of a character."""
@@ -119,24 +97,20 @@ class Tokenizer:
             raise ValueError(f"token id must be in [0, {self.vocab_size - 1}], got {token_id}")
         if token_id in self._control_ids and skip_control_tokens:
             return b""
-        token = self._spec.tokens[token_id]
-        if token_id not in self._literal_ids:
-            try:
-                return bytes([_BYTE_OF[character] for character in token])
-            except KeyError:
-                pass  # a token outside the byte alphabet stands for itself, as in Hugging Face
-        return token.encode()
+        return self._bytes_of(token_id)
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_arguments: Mapping[str, str | bool] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Returns the prompt text of a chat, special tokens written out.
 
         ``continue_final_message`` leaves the last message open, without a generation prompt.
+        ``tools`` are descriptions of functions, in the form that the template knows.
         Raises ``ValueError`` when the checkpoint has no chat template, for an unknown role, and
         when the template refuses the messages or the arguments.
         """
@@ -144,21 +118,68 @@ class Tokenizer:
             raise ValueError("this checkpoint has no chat template; send text or token ids")
         arguments = template_arguments or {}
         if continue_final_message:
-            return self._template.render_open(messages, arguments)
-        return self._template.render(messages, add_generation_prompt, arguments)
+            return self._template.render_open(messages, arguments, tools)
+        return self._template.render(messages, add_generation_prompt, arguments, tools)
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_arguments: Mapping[str, str | bool] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        parse_special_tokens: bool = False,
     ) -> list[int]:
         """Returns the token ids of a chat. The template writes BOS itself where it wants one."""
+        given = (messages, template_arguments or {}, tools)
+        mark = "" if parse_special_tokens else self._mark_for(given)
+        messages, arguments, tools = self._marked(given, mark) if mark else given
         text = self.render_chat(
-            messages, add_generation_prompt, continue_final_message, template_arguments
+            messages, add_generation_prompt, continue_final_message, arguments, tools
         )
-        return self.encode(text, add_special_tokens=False)
+        if not mark:
+            return self.encode(text, add_special_tokens=False, parse_special_tokens=True)
+        return self._encode_marked(text, mark)
+
+    def _mark_for(self, given: object) -> str:
+        """A character that is nowhere in ``given``; "" where no special token is written out."""
+        strings = list(_strings(given))
+        if not self._special.pattern or not any(map(self._special.search, strings)):
+            return ""
+        for mark in _MARKS:
+            if not any(mark in string for string in strings):
+                return mark
+        raise ValueError(f"a chat with special tokens must lack one of {' '.join(_MARKS)}")
+
+    def _marked(self, given: Any, mark: str) -> Any:
+        """``given`` with a mark in each special token, which then is none to the library."""
+        if isinstance(given, str):
+            return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], given)
+        if isinstance(given, Mapping):
+            return {self._marked(k, mark): self._marked(v, mark) for k, v in given.items()}
+        if isinstance(given, list | tuple):
+            return type(given)(self._marked(item, mark) for item in given)
+        return given
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """The template's special tokens as such, and what is between them, unmarked, as text.
+
+        Each piece is encoded by itself: a tokenizer that begins a text with a space does so there.
+        """
+        encoding = self._parsing.encode(text, add_special_tokens=False)
+        token_ids, end = list[int](), 0
+
+        def add_text(upto: int) -> None:
+            if piece := text[end:upto].replace(mark, ""):
+                token_ids.extend(self.encode(piece, add_special_tokens=False))
+
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._control_ids:
+                add_text(first)
+                token_ids.append(token_id)
+                end = last
+        add_text(len(text))
+        return token_ids
 
 
 class TokenBytes(Protocol):
@@ -170,8 +191,9 @@ class TokenBytes(Protocol):
 class Detokenizer:
     """Turns a stream of token ids into a stream of text, never a part of a character.
 
-    What ``add`` and ``finish`` returned, joined, is ``tokenizer.decode`` of all ids. At most the
-    first 3 bytes of a character are held back, until the rest comes or cannot come any more.
+    What ``add`` and ``finish`` returned, joined, is what ``tokenizer.decode`` of all ids has behind
+    the prompt: a space at the beginning is kept. At most the first 3 bytes of a character are held
+    back, until the rest comes or cannot come any more.
     """
 
     def __init__(self, tokenizer: TokenBytes, skip_control_tokens: bool = True) -> None:
@@ -193,41 +215,7 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _build(spec: TokenizerSpec) -> tokenizers.Tokenizer:
-    vocabulary = {token: token_id for token_id, token in enumerate(spec.tokens)}
-    if len(vocabulary) < len(spec.tokens):
-        raise ValueError(
-            f"of the tokenizer's {len(spec.tokens)} tokens only {len(vocabulary)} are different"
-        )
-    merges = []
-    for merge in spec.merges:
-        # A space inside a token is another character in the byte alphabet.
-        left, separator, right = merge.partition(" ")
-        if not (left and separator and right):
-            raise ValueError(f"a merge must be two tokens and a space, got {merge!r:.40}")
-        merges.append((left, right))
-    try:
-        model = models.BPE(
-            vocab=vocabulary,
-            merges=merges,
-            ignore_merges=spec.pre_tokenizer in _IGNORE_MERGES,
-        )
-    except Exception as error:  # the library has no narrower type
-        raise ValueError(f"the tokenizer's merges do not fit its tokens: {error}") from error
-    tokenizer = tokenizers.Tokenizer(model)
-    if spec.pre_tokenizer in _NORMALIZERS:
-        tokenizer.normalizer = _NORMALIZERS[spec.pre_tokenizer]()
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[spec.pre_tokenizer]()
-    tokenizer.add_special_tokens(
-        [AddedToken(spec.tokens[i], special=True, normalized=False) for i in spec.control_token_ids]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(spec.tokens[i], special=False, normalized=False) for i in spec.added_token_ids]
-    )
-    return tokenizer
-
-
-def _special_tokens(spec: TokenizerSpec) -> dict[str, str]:
+def _special_tokens(spec: AnyTokenizer) -> dict[str, str]:
     tokens = {}
     if spec.bos_token_id is not None:
         tokens["bos_token"] = spec.tokens[spec.bos_token_id]
@@ -236,16 +224,13 @@ def _special_tokens(spec: TokenizerSpec) -> dict[str, str]:
     return tokens
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Returns the byte of each character in GPT-2's alphabet (``bytes_to_unicode`` there).
-
-    Printable bytes stand for themselves, the others for the characters from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + number): byte for number, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_alphabet()
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)

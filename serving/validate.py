@@ -4,6 +4,7 @@ Knows the schema and ``jaxinfer.request.LIMITS``; neither tokenizes nor talks to
 Every function raises ``ValueError`` naming the field, the value and the limit.
 """
 
+import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,7 @@ CHAT_LIMITS: Mapping[str, Limit] = {
     "name_characters": Limit(1, 64),
     "num_template_arguments": Limit(0, 32),
     "template_argument_characters": Limit(1, 64),  # of the name; values count as prompt
+    "num_tools": Limit(0, 256),  # and calls of one message; their characters count as prompt
 }
 
 # The fields that are served. Whatever is not named here is refused when it is set, so a field
@@ -30,7 +32,8 @@ SUPPORTED_FIELDS: Mapping[str, frozenset[str]] = {
     "GenerateRequest": frozenset(
         (
             *("request_id", "text", "token_ids", "chat", "sampling", "stream"),
-            *("add_special_tokens", "priority", "cache_salt", "model"),
+            *("add_special_tokens", "parse_special_tokens"),
+            *("priority", "cache_salt", "model"),
         )
     ),
     "SamplingParams": frozenset(
@@ -44,10 +47,13 @@ SUPPORTED_FIELDS: Mapping[str, frozenset[str]] = {
     ),
     "TokenIds": frozenset(("ids",)),
     "Chat": frozenset(
-        ("messages", "add_generation_prompt", "continue_final_message", "template_arguments")
+        (
+            *("messages", "add_generation_prompt", "continue_final_message"),
+            *("template_arguments", "tools"),
+        )
     ),
-    "ChatMessage": frozenset(("role", "content", "name")),
-    "TokenizeRequest": frozenset(("text", "chat", "add_special_tokens")),
+    "ChatMessage": frozenset(("role", "content", "name", "tool_calls", "tool_call_id")),
+    "TokenizeRequest": frozenset(("text", "chat", "add_special_tokens", "parse_special_tokens")),
     "DetokenizeRequest": frozenset(("token_ids", "skip_control_tokens")),
     "AbortRequest": frozenset(("request_id",)),
 }
@@ -112,6 +118,11 @@ def _check_chat(chat: pb.Chat) -> int:
         LIMITS["role_characters"].check(f"{path}.role", len(message.role))
         if message.HasField("name"):
             CHAT_LIMITS["name_characters"].check(f"{path}.name", len(message.name))
+        if message.HasField("tool_call_id"):
+            CHAT_LIMITS["name_characters"].check(f"{path}.tool_call_id", len(message.tool_call_id))
+        num_calls = len(message.tool_calls)
+        CHAT_LIMITS["num_tools"].check(f"number of chat.messages[{i}].tool_calls", num_calls)
+    CHAT_LIMITS["num_tools"].check("number of chat.tools", len(chat.tools))
     arguments = chat.template_arguments
     CHAT_LIMITS["num_template_arguments"].check("number of template_arguments", len(arguments))
     for name in arguments:
@@ -120,9 +131,9 @@ def _check_chat(chat: pb.Chat) -> int:
         )
     if chat.continue_final_message and chat.add_generation_prompt:
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-    return sum(len(message.content) for message in chat.messages) + sum(
-        len(value) for value in arguments.values()
-    )
+    calls = (call for message in chat.messages for call in message.tool_calls)
+    contents = (message.content for message in chat.messages)
+    return sum(map(len, (*contents, *calls, *chat.tools, *arguments.values())))
 
 
 def check_generation(request: pb.GenerateRequest, model_name: str) -> None:
@@ -153,26 +164,29 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
         raise ValueError(f"token_ids must be in [0, {vocab_size - 1}], got {max(token_ids)}")
 
 
-def sampling_params(message: pb.SamplingParams) -> SamplingParams:
-    """The sampling asked for; a seed is chosen when sampling needs one and none is given."""
+def sampling_params(
+    message: pb.SamplingParams, defaults: SamplingParams | None = None
+) -> SamplingParams:
+    """The sampling asked for, and what is not set as in ``defaults``.
+
+    A seed is chosen when sampling needs one and none is given.
+    """
     LIMITS["num_logit_bias"].check("number of logit_bias", len(message.logit_bias))
-    defaults = SamplingParams()
-    if message.HasField("seed"):
-        seed = message.seed
-    else:
-        # 53 bits: a client that keeps numbers as doubles can send it back unchanged.
-        seed = secrets.randbits(53) if message.temperature > 0 else defaults.seed
-    return SamplingParams(
-        seed=seed,
+    sampling = dataclasses.replace(
+        defaults or SamplingParams(),
         logit_bias=tuple(sorted(message.logit_bias.items())),
         **{name: getattr(message, name) for name in _PLAIN_FIELDS if message.HasField(name)},
     )
+    if sampling.temperature > 0 and not message.HasField("seed"):
+        # 53 bits: a client that keeps numbers as doubles can send it back unchanged.
+        return dataclasses.replace(sampling, seed=secrets.randbits(53))
+    return sampling
 
 
 # Of SamplingParams: taken over as they are, and left at the default where they are not set.
 _PLAIN_FIELDS = (
     *("temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
 )
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import FinishReason, Request
@@ -25,8 +26,14 @@ class ByteTokenizer:
     eos_token_ids = (EOS,)
     bos_token_id = 256
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [256] * add_special_tokens + list(text.encode())
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> list[int]:
+        if parse_special_tokens and text.endswith("<256>"):
+            text, ending = text.removesuffix("<256>"), [256]
+        else:
+            ending = []
+        return [256] * add_special_tokens + list(text.encode()) + ending
 
     def decode(self, token_ids: Sequence[int], skip_control_tokens: bool = True) -> str:
         pieces = [
@@ -42,19 +49,24 @@ class ByteTokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_arguments: Mapping[str, str | bool] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        parse_special_tokens: bool = False,
     ) -> list[int]:
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
                 raise ValueError(f"the chat template does not know the role {message['role']!r}")
         names = [m["role"] + m.get("name", "").join("()" if "name" in m else "") for m in messages]
         text = "".join(f"[{n}]{m['content']}" for n, m in zip(names, messages, strict=True))
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        text += f"{list(tools)}{calls}" if tools or calls else ""
         arguments = "".join(f"{k}={v!r};" for k, v in sorted((template_arguments or {}).items()))
         end = "" if continue_final_message else "$"
-        return self.encode(arguments + text + end + "[a]" * add_generation_prompt)
+        prompt = arguments + text + end + "[a]" * add_generation_prompt
+        return self.encode(prompt, parse_special_tokens=parse_special_tokens)
 
 
 def expected_token_ids(

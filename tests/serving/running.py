@@ -3,7 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
+from jaxinfer.request import SamplingParams
 from serving.client import AsyncClient
 from serving.server import serve
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
@@ -23,14 +26,17 @@ def run[T](test: Coroutine[None, None, T]) -> T:
 
 @asynccontextmanager
 async def running_server(
-    *engines: FakeEngine, grace_seconds: float = 5.0, max_live_requests: int = 64
+    *engines: FakeEngine,
+    grace_seconds: float = 5.0,
+    max_live_requests: int = 64,
+    default_sampling: SamplingParams | None = None,
 ) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """Yields "host:port" and the event that stops the server; a failed server raises at the end."""
-    stop = asyncio.Event()
+    stop, default = asyncio.Event(), default_sampling or SamplingParams()
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
         serve(
-            lambda: served_model(*engines),
+            lambda: replace(served_model(*engines), default_sampling=default),
             port=0,
             grace_seconds=grace_seconds,
             max_live_requests=max_live_requests,
@@ -51,7 +57,7 @@ async def running_server(
 
 
 @asynccontextmanager
-async def running_client(*engines: FakeEngine, **options: int) -> AsyncIterator[AsyncClient]:
+async def running_client(*engines: FakeEngine, **options: Any) -> AsyncIterator[AsyncClient]:
     """A client of a running server; when the test is over, all pages must have come back."""
     async with running_server(*engines, **options) as (target, _), AsyncClient(target) as client:
         yield client

@@ -1,7 +1,9 @@
 """The synchronous client, what it imports, and the stubs it stands on."""
 
 import asyncio
+import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from serving.address import check_address
 from serving.client import AsyncClient, Client, Delta, Finished, Message, ServerError, Started
 from serving.served_model import ServedModel
 from serving.server import serve
@@ -106,6 +110,12 @@ def test_prompts_that_mix_messages_and_ids_are_refused() -> None:
         ({"n": {}}, TypeError, "^n: no mapping is wanted, got {}"),
         ({"logit_bias": [(1, 2.0)]}, TypeError, "^logit_bias: a mapping is wanted"),
         ({"template_arguments": {"a": "b"}}, ValueError, "is for a prompt of messages"),
+        ({"timeout": "x"}, TypeError, "^timeout must be a number of seconds .*, got 'x'"),
+        (
+            {"timeout": math.inf},
+            ValueError,
+            "^timeout must be .* between 0 and 1000000000, got inf",
+        ),
     ],
 )
 def test_options_that_no_request_can_hold(
@@ -127,6 +137,81 @@ def test_prompts_that_no_request_can_hold() -> None:
         # An option of generate, but not of tokenize.
         with pytest.raises(TypeError, match="no option 'temperature'"):
             client.tokenize("x", temperature=1.0)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        (b"hi", "b'hi'"),
+        (bytearray(b"hi"), "bytearray(b'hi')"),
+        (None, "None"),
+        (7, "7"),
+        (Message("user", "x"), repr(Message("user", "x"))),
+        ({"role": "user"}, "{'role': 'user'}"),
+        ({1, 2}, "{1, 2}"),
+        ([1, 1.5], "1.5 as its item 1"),
+        (["hi"], "'hi' as its item 0"),
+        ([{"role": "user", "content": "x"}], "{'role': 'user', 'content': 'x'} as its item 0"),
+    ],
+)
+def test_what_is_no_prompt_is_named_with_what_is_accepted(prompt: Any, named: str) -> None:
+    wanted = (
+        r"^the prompt must be a text \(str\), messages \(.*Message\) or token ids \(int\), got "
+    )
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(TypeError, match=wanted + re.escape(named) + "$"):
+            client.complete(prompt)
+        with pytest.raises(TypeError, match=wanted + re.escape(named) + "$"):
+            client.tokenize(prompt)
+
+
+def test_a_prompt_may_be_an_array() -> None:
+    with server_in_thread(FakeEngine()) as target, Client(target) as client:
+        of_list = client.complete([5, 6], max_tokens=2).token_ids
+        assert client.complete(np.array([5, 6]), max_tokens=2).token_ids == of_list  # pyright: ignore[reportArgumentType]
+        assert client.complete(range(5, 7), max_tokens=2).token_ids == of_list
+
+
+def test_other_arguments_that_no_message_can_hold() -> None:
+    with Client("127.0.0.1:1") as client:
+        wrong: Any
+        for wrong in (b"x", None):
+            with pytest.raises(TypeError, match=f"message 0 of the prompt: .* str, got {wrong!r}"):
+                client.complete([Message("user", wrong)])
+        for wrong in ("ab", b"ab", None, 3):
+            with pytest.raises(TypeError, match=f"^token_ids must be several .* got {wrong!r}$"):
+                client.detokenize(wrong)
+        with pytest.raises(ValueError, match=r"^token_ids: .* got \[-1\]"):
+            client.detokenize([-1])
+        for wrong in (b"a", None, 3):
+            with pytest.raises(TypeError, match=f"^request_id must be a str, got {wrong!r}$"):
+                client.abort(wrong)
+        with pytest.raises(ValueError, match=r"^only a text or messages .* got \[1\]$"):
+            client.tokenize([1])  # pyright: ignore[reportArgumentType]
+        for wrong in ("x", None, True):
+            with pytest.raises(TypeError, match=f"^timeout must be .*, got {wrong!r}$"):
+                client.wait_until_serving(wrong)
+        for wrong in (-1, math.nan, 1 << 70):
+            with pytest.raises(ValueError, match=f"^timeout must be .*, got {wrong}$"):
+                client.is_serving(timeout=wrong)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", "nonsense:abc", "localhost", ":50051", "a:0", "a:65536", "a:٣", "http://a:1", "a b:1"],
+)
+def test_what_is_no_address_is_refused_before_any_call(target: str) -> None:
+    wanted = r"^target must be HOST:PORT with a port between 1 and 65535, got "
+    for client in (Client, AsyncClient):
+        with pytest.raises(ValueError, match=wanted + re.escape(repr(target)) + "$"):
+            client(target)
+        with pytest.raises(TypeError, match=wanted.replace(", got", ", as a str, got") + "None$"):
+            client(None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:1", "[::1]:65535", "my_host-1.example.org:50051"])
+def test_addresses(target: str) -> None:
+    assert check_address("target", target) == target
 
 
 def test_whether_a_server_serves() -> None:
@@ -190,5 +275,5 @@ def test_neither_client_nor_server_imports_jax() -> None:
 
 
 def test_the_committed_stubs_are_what_the_proto_says() -> None:
-    result = python("scripts/build_proto.py", "--check")
+    result = python("tools/build_proto.py", "--check")
     assert result.returncode == 0, result.stderr

@@ -83,6 +83,29 @@ def test_a_refusal_fails_that_stream_only() -> None:
     run(test())
 
 
+def test_a_request_counts_as_many_times_as_it_has_choices() -> None:
+    async def test() -> None:
+        engine = FakeEngine(step_seconds=0.001)
+        loop = EngineLoop(engine, max_live_requests=4)
+        first = loop.submit(Request("a", (1,), 400, n=3), NEW_TEXT)
+        assert loop.num_live_requests == 3
+        loop.check_accepts("b")
+        with pytest.raises(TooManyRequestsError, match=r"^3 .* limit is 4; this one counts as 2, "):
+            loop.submit(Request("b", (1,), 400, n=2), NEW_TEXT)
+        second = loop.submit(request("b", 400), NEW_TEXT)
+        with pytest.raises(TooManyRequestsError, match=r"^4 requests are live, the limit is 4$"):
+            loop.submit(request("c"), NEW_TEXT)
+        loop.close(first)
+        assert loop.num_live_requests == 1
+        loop.close(second)
+        with pytest.raises(TooManyRequestsError, match=r"^0 .* limit is 4; this one counts as 5, "):
+            loop.submit(Request("d", (1,), 400, n=5), NEW_TEXT)
+        await loop.drain(1.0)
+        assert engine.stats.num_free_pages == NUM_PAGES
+
+    run(test())
+
+
 def test_ids_and_numbers_of_live_requests_are_bounded() -> None:
     async def test() -> None:
         engine = FakeEngine(step_seconds=0.001)

@@ -45,6 +45,12 @@ def chat(*messages: tuple[str, str]) -> pb.Chat:
     return pb.Chat(messages=[pb.ChatMessage(role=r, content=c) for r, c in messages])
 
 
+def with_tools(further: pb.Chat) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(chat=chat(("user", "x")))
+    request.chat.MergeFrom(further)
+    return request
+
+
 def sampled(**sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="a", sampling=pb.SamplingParams(**sampling))
 
@@ -58,6 +64,19 @@ REFUSED = {
     "long role": (pb.GenerateRequest(chat=chat(("r" * 65, "x"))), "role"),
     "template": (pb.GenerateRequest(chat=chat(("robot", "x"))), "'robot'"),
     "messages": (pb.GenerateRequest(chat=chat(*[("user", "")] * 1025)), "[1, 1024]"),
+    "tool": (with_tools(pb.Chat(tools=["{"])), "chat.tools[0] is no JSON"),
+    "tool's kind": (with_tools(pb.Chat(tools=["{}", "[1]"])), "chat.tools[1] must be a JSON obj"),
+    "tool's number": (with_tools(pb.Chat(tools=['{"a": NaN}'])), "NaN is no JSON"),
+    "deep tool": (with_tools(pb.Chat(tools=['{"a":' * 100_000])), "chat.tools[0] is no JSON"),
+    "tools": (with_tools(pb.Chat(tools=["{}"] * 257)), "[0, 256], got 257"),
+    "calls": (
+        with_tools(pb.Chat(messages=[pb.ChatMessage(role="user", tool_calls=["x"])])),
+        "chat.messages[1].tool_calls[0] is no JSON",
+    ),
+    "call's id": (
+        with_tools(pb.Chat(messages=[pb.ChatMessage(role="user", tool_call_id="x" * 65)])),
+        "chat.messages[1].tool_call_id",
+    ),
     "vocabulary": (pb.GenerateRequest(token_ids=ids(1, 258)), "[0, 257], got 258"),
     "largest id": (pb.GenerateRequest(token_ids=ids((1 << 32) - 1)), "got 4294967295"),
     "context": (pb.GenerateRequest(token_ids=ids(*[1] * MAX_MODEL_LEN)), "max_model_len (512)"),

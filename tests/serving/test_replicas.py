@@ -71,6 +71,10 @@ def test_limits_and_ids_are_over_all_engines() -> None:
         streams.append(replicas.submit(request("c"), NEW_TEXT))
         with pytest.raises(TooManyRequestsError, match="3 requests are live, the limit is 3"):
             replicas.check_accepts("d")
+        replicas.close(streams.pop())
+        with pytest.raises(TooManyRequestsError, match=r"2 .* limit is 3; this one counts as 2, "):
+            replicas.submit(Request("c", (1,), 5, n=2), NEW_TEXT)
+        streams.append(replicas.submit(request("d"), NEW_TEXT))
         for stream in streams:
             await stream.read()
         stats = replicas.stats

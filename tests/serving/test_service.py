@@ -1,11 +1,12 @@
 """Calls over the loopback: what is answered, refused, counted and given back."""
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import pytest
 
-from jaxinfer.request import LIMITS
+from jaxinfer.request import LIMITS, SamplingParams
 from serving.client import AsyncClient, Delta, Finished, Message, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
@@ -88,6 +89,56 @@ def test_prompt_forms() -> None:
         assert bare.token_ids == tuple(expected_token_ids([104, 105], 4))
         assert chat.token_ids == tuple(expected_token_ids(ids, 4))
         assert long == (120,) * 5000
+
+    run(test())
+
+
+def test_special_tokens_tools_and_calls_reach_the_tokenizer() -> None:
+    call = '{"name": "f"}'
+    messages = [
+        Message("assistant", "hi", tool_calls=[call]),
+        Message("system", "7<256>", tool_call_id="x"),
+    ]
+
+    async def test() -> None:
+        async with running_client(FakeEngine()) as client:
+            literal = await client.tokenize("a<256>", add_special_tokens=False)
+            parsed = await client.tokenize(
+                "a<256>", add_special_tokens=False, parse_special_tokens=True
+            )
+            done = await client.complete("a<256>", max_tokens=3, parse_special_tokens=True)
+            chat = await client.tokenize(
+                messages, tools=['{"a": [1, null]}'], add_generation_prompt=False
+            )
+        assert bytes(literal) == b"a<256>"
+        assert parsed == (97, 256)
+        assert done.token_ids == tuple(expected_token_ids([256, 97, 256], 3))
+        wanted = "[assistant]hi[system]7<256>[{'a': [1, None]}][{'name': 'f'}]$"
+        assert bytes(chat[1:]).decode() == wanted
+
+    run(test())
+
+
+def test_sampling_is_the_models_own_where_a_request_says_nothing() -> None:
+    default = SamplingParams(temperature=0.5, top_p=0.75, repetition_penalty=1.5)
+    engine = FakeEngine()
+
+    async def test() -> None:
+        async with running_client(engine, default_sampling=default) as client:
+            info = await client.model_info()
+            drawn = await client.complete("a", max_tokens=2)
+            await client.complete("a", max_tokens=2, temperature=1.0, seed=3, presence_penalty=1)
+            greedy = await client.complete("a", max_tokens=2, temperature=0)
+        said = info.default_sampling
+        assert (said.temperature, said.top_p, said.repetition_penalty) == (0.5, 0.75, 1.5)
+        assert (said.top_k, said.min_p, said.HasField("seed")) == (0, 0, False)
+        (seed,) = drawn.started.seeds
+        assert greedy.started.seeds == ()
+        assert [request.sampling for request in engine.requests] == [
+            replace(default, seed=seed),
+            replace(default, temperature=1.0, seed=3, presence_penalty=1),
+            replace(default, temperature=0),
+        ]
 
     run(test())
 

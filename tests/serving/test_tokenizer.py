@@ -39,7 +39,7 @@ USER = [{"role": "user", "content": "Hi"}]
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
-    return [SPEC.tokens[token_id] for token_id in tokenizer.encode(text)]
+    return [SPEC.tokens[token_id] for token_id in tokenizer.encode(text, parse_special_tokens=True)]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,10 @@ def test_properties_and_bos() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"pre_tokenizer": "tekken"}, "'tekken' is not supported; supported are gpt-2, llama-bpe"),
+        (
+            {"pre_tokenizer": "bloom"},
+            "'bloom' is not supported; supported are gpt-2, gpt-4o",
+        ),
         ({"tokens": (*SPEC.tokens, "ab")}, "265 tokens only 264 are different"),
         ({"merges": ("ab",)}, "a merge must be two tokens and a space, got 'ab'"),
         ({"merges": ("x y",)}, "merges do not fit its tokens"),
@@ -92,7 +95,7 @@ def test_ids_and_text_that_are_refused() -> None:
 
 
 def test_control_tokens_are_left_out_of_text() -> None:
-    token_ids = TOKENIZER.encode("a<|end|><tool é>b")
+    token_ids = TOKENIZER.encode("a<|end|><tool é>b", parse_special_tokens=True)
     assert TOKENIZER.decode(token_ids) == "a<tool é>b"
     assert TOKENIZER.decode(token_ids, skip_control_tokens=False) == "a<|end|><tool é>b"
 
@@ -160,7 +163,47 @@ def test_the_last_message_can_be_left_open(content: str) -> None:
     whole = TOKENIZER.render_chat(messages, add_generation_prompt=False)
     assert whole.startswith(text)
     token_ids = TOKENIZER.encode_chat(messages, continue_final_message=True)
-    assert token_ids == TOKENIZER.encode(text)
+    special = len(content) > 6
+    assert token_ids[-special:] == (TOKENIZER.encode(content)[-1:] if special else token_ids)
+    assert token_ids.count(END) == 1
+    asked = TOKENIZER.encode_chat(messages, continue_final_message=True, parse_special_tokens=True)
+    assert asked == TOKENIZER.encode(text, parse_special_tokens=True)
+    assert asked.count(END) == 1 + special
+
+
+FORGED = st.lists(st.sampled_from(["<|end|>", "<|start|>", "<|", "|>", "a", " ", "\U00010000"]))
+
+
+@given(FORGED.map("".join), FORGED.map("".join))
+def test_nobody_ends_a_message_within_a_message(content: str, answer: str) -> None:
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "!", "tool_calls": [{content: [answer, 1, None]}]},
+    ]
+    tokenizer = Tokenizer(replace(SPEC, chat_template=TEMPLATE + "{{ messages[1].tool_calls }}"))
+    token_ids = tokenizer.encode_chat(messages)
+    assert (token_ids.count(START), token_ids.count(END)) == (3, 2)
+    text = tokenizer.render_chat(messages)
+    assert tokenizer.decode(token_ids, skip_control_tokens=False) == text
+
+
+def test_special_tokens_are_text_unless_asked_otherwise() -> None:
+    text = "a<|end|>"
+    assert TOKENIZER.encode(text)[1:] == [SPEC.tokens.index(letter) for letter in "<|end|>"]
+    assert TOKENIZER.encode(text, parse_special_tokens=True)[1:] == [END]
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    everything = "".join(chr(code) for code in range(0x10000, 0x1000C))
+    with pytest.raises(ValueError, match="must lack one of"):
+        TOKENIZER.encode_chat([{"role": "user", "content": everything + text}])
+
+
+def test_tools() -> None:
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}"
+    tokenizer = Tokenizer(replace(SPEC, chat_template=template))
+    assert tokenizer.render_chat(USER, tools=[{"name": "f"}]) == '[{"name": "f"}]Hi'
+    assert tokenizer.render_chat(USER) == "Hi"
+    with pytest.raises(ValueError, match="knows no tools"):
+        TOKENIZER.render_chat(USER, tools=[{"name": "f"}])
 
 
 @pytest.mark.parametrize(
@@ -208,6 +251,16 @@ def render(template: str) -> str:
 
 
 def test_functions_of_hugging_face_templates() -> None:
+    assert render("{% generation %}a{{ 1 }}{% endgeneration %}b") == "a1b"
+    assert render("{{ 'a' ~ 1 ~ none ~ ['b'] }}") == "a1None['b']"
+    assert render("{{ ['a', 1] | join('-') }}{{ 'xyx'.replace('x', 'z', 1) }}") == "a-1zyx"
+    assert render("{% for x in 'ab' %}{{ loop.length }}{{ x }}{{ loop.last }}{% endfor %}") == (
+        "2aFalse2bTrue"
+    )
+    assert (
+        render("{% for x in absent %}x{% else %}none{% endfor %}{{ 'b' in 'abc' }}") == "noneTrue"
+    )
+    assert render("{{ {'a': [1.5, true]} }}|{{ messages | length }}") == "{'a': [1.5, True]}|1"
     assert render("{{ messages[0] | tojson }}") == '{"role": "user", "content": "Hi"}'
     assert render("{{ ['é<'] | tojson(indent=2) }}") == '[\n  "é<"\n]'
     assert render("{{ 'a\nb' | indent(2) }}") == "a\n  b"
@@ -267,9 +320,34 @@ def test_messages_that_are_refused(messages: list[dict[str, Any]], match: str) -
         "{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "{% set x = 'a' * 99999 %}{% for i in range(9999) %}{{ x }}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
+        "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
+        "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
+        "{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
+        "{% set n.x = n.x | replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
+        "{% set n.x = n.x.join(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
+        "{% set n.x = [n.x, n.x] | join(n.x) %}{% endfor %}",
+        *(
+            "{% set n = namespace(x='aa') %}{% for i in range(50) %}"
+            "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x " + use + " }}"
+            for use in ("", "| tojson", "| string", "~ 'a'", "| indent", "| replace('a', 'b')")
+        ),
+        "{% for i in range(300) %}{% for j in messages[0].content * 90000 %}"
+        "{% for k in messages[0].content * 90000 %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for i in range(9999) %}{% set x %}" + "word " * 2000 + "{% endset %}{% endfor %}",
+        "{% for x in [[[]]] recursive %}{{ loop(x) }}{% endfor %}",
+        "{{ [1] | batch(1000000000, 'x') | list }}",
+        "{{ [1] | slice(1000000000) | list }}",
     ],
 )
-def test_templates_that_fail_cleanly(template: str) -> None:
+def test_templates_that_fail_cleanly(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.template_sandbox.MAX_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"chat template (failed on|is not valid)"):
         render(template)
 
