@@ -16,6 +16,7 @@ EXTRAS ?=
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+AOT := .venv-aot
 # uv from the PATH if there is one that runs, else our own, which touches no other Python.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .venv-uv/bin/uv)
 # Progress bars where somebody watches, one line a phase elsewhere.
@@ -42,7 +43,7 @@ TORCH ?= torch==2.13.0
 LLAMA_CPP ?=
 LLAMA_CPP_SOURCE := llama-cpp-python==0.3.36
 
-.PHONY: help setup serve test bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
+.PHONY: help setup serve test test-aot test-aot-full bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
     lint proto lock clean
 
 help: ## list the targets
@@ -64,15 +65,22 @@ bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are 
 peers: $(addprefix peer-,$(PEERS_ONLY)) ## build the peers of bench-peers, see PEERS_ONLY
 	@echo "peers: $(PEERS_ONLY) in $(PEERS)"
 
+# An environment of its own: the compilers' packages get in the way of programs that run.
+test-aot: $(AOT)/.ready ## compile for TPUs that are not there; ARGS are pytest's
+	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/aot -m 'not full' $(ARGS)
+
+test-aot-full: $(AOT)/.ready ## the same for models of full depth, minutes each
+	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/aot -m full $(ARGS)
+
 lint: $(DEVELOPMENT) ## ruff, pyright, import contracts, stubs up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/pyright
 	@$(VENV)/bin/lint-imports
-	@$(PYTHON) scripts/build_proto.py --check
+	@$(PYTHON) tools/build_proto.py --check
 
 proto: $(DEVELOPMENT) ## regenerate the committed protobuf stubs
-	@$(PYTHON) scripts/build_proto.py
+	@$(PYTHON) tools/build_proto.py
 
 # All extras, all platforms; prints no index address. Review the difference before committing it.
 lock: | $(UV) ## resolve constraints.txt anew, to the newest versions allowed
@@ -81,7 +89,7 @@ lock: | $(UV) ## resolve constraints.txt anew, to the newest versions allowed
 	    --custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml
 
 clean: ## remove .venv and everything made by tools
-	@rm -rf $(VENV) .venv-uv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis \
+	@rm -rf $(VENV) $(AOT) .venv-uv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis \
 	    .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -90,6 +98,13 @@ $(RUNTIME): $(PACKAGING) | $(PYTHON)
 
 $(DEVELOPMENT): $(PACKAGING) | $(PYTHON)
 	$(call install,dev$(if $(EXTRAS),$(comma)$(EXTRAS)))
+
+$(AOT)/.ready: $(PACKAGING) | $(UV)
+	@echo "setup: packages of jaxinfer[dev,aot] in $(AOT), versions from constraints.txt"
+	@$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(AOT)
+	@$(UV) pip install $(QUIET) --python $(AOT)/bin/python --constraints constraints.txt \
+	    --editable '.[dev,aot]'
+	@touch $@
 
 # With pip in it (--seed): models are fetched by uv or pip, and uv may be on nobody's PATH.
 $(PYTHON): | $(UV)

@@ -2,9 +2,8 @@
 
 import argparse
 import dataclasses
-import math
-import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,40 +12,45 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from checkpoints.catalog import CATALOG, resolve
+from checkpoints.catalog import CATALOG, resolve, user_cache_folder
+from checkpoints.configs import configured_models, model_config
+from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
-from jaxinfer import models
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
-from jaxinfer.kv_cache import page_bytes, plan_num_pages
-from jaxinfer.sharding import Device, abstract_parameters, make_mesh, num_tensor_devices
+from jaxinfer.request import SamplingParams
+from jaxinfer.sharding import (
+    Device,
+    can_divide_heads,
+    explain_heads,
+    make_mesh,
+    num_tensor_devices,
+    place,
+)
 from jaxinfer.step import Parameters
-from scripts.memory import free_bytes
+from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
+from scripts.engine_sizes import DEFAULT_MAX_MODEL_LEN, engine_config
+from scripts.peak_memory import PeakMemory
 from scripts.phases import Phases
 from scripts.platforms import add_platform_options, pick_devices
 from serving.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_MAX_MODEL_LEN = 8192
-# On CPU at most this, and at most this part of what the parameters leave free: others work there.
-DEFAULT_CPU_KV_BYTES = 1 << 30
-CPU_KV_FRACTION = 0.5
-# Of the memory that is free once the parameters are loaded; the rest is for activations.
-ACCELERATOR_KV_FRACTION = 0.8
 
-
-PickShapes = Callable[[Engine, Tokenizer], Sequence[BatchShape] | None]
+PickShapes = Callable[[Engine, Tokenizer, SamplingParams], Sequence[BatchShape] | None]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be loaded where, with which sizes; nothing is allocated yet.
 
-    ``devices``: of all replicas; ``mesh``: those of the first one.
+    ``checkpoint`` is None where a configuration without weights was asked for. ``devices``: of all
+    replicas; ``mesh``: those of the first one.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    model: ModelConfig
     config: EngineConfig
     dtypes: DtypePolicy
     devices: list[Device]
@@ -58,6 +62,7 @@ class LoadedModel:
     """A compiled engine with its model, its parameters and its tokenizer.
 
     ``devices``: all that were asked for, of which the engine has the first ``--tensor-parallel``.
+    ``default_sampling``: where nobody says how.
     """
 
     name: str
@@ -66,6 +71,7 @@ class LoadedModel:
     engine_config: EngineConfig
     dtypes: DtypePolicy
     tokenizer: Tokenizer
+    default_sampling: SamplingParams
     devices: list[Device]
     parameters: Parameters
 
@@ -78,14 +84,23 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"a GGUF file, or one of: {', '.join(sorted(CATALOG))} (default: %(default)s)",
+        help="a GGUF file, a folder as on the Hugging Face hub or of convert.py, a model of the "
+        "hub itself (org/name[@revision][:file.gguf]), or one of: "
+        f"{', '.join(sorted(CATALOG))} (default: %(default)s); where no weights are needed also "
+        f"one of: {', '.join(configured_models())}",
+    )
+    group.add_argument(
+        "--no-generation-config",
+        dest="generation_config",
+        action="store_false",
+        help="greedy by default, whatever the model's generation_config.json says",
     )
     group.add_argument(
         "--tensor-parallel",
         type=parse_count,
-        default=1,
         metavar="N",
-        help="devices that share each layer of a model (default: %(default)s)",
+        help="devices that share each layer of a model (default: 1; with --tpu as many of its "
+        "chips as the model's heads can be divided over)",
     )
     parser.set_defaults(data_parallel=1)
     group.add_argument(
@@ -141,6 +156,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="faster kernels on CPU, with which tokens may depend on what else is being served",
     )
     group.add_argument(
+        "--attention",
+        choices=list(IMPLEMENTATIONS),
+        help="backend of the attention (default: the TPU kernel on TPU, else plain XLA)",
+    )
+    group.add_argument(
         "--kv-memory",
         type=parse_bytes,
         help="memory of the KV cache on all devices of a replica, such as 512MiB or 4GiB (default: "
@@ -148,7 +168,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def largest_shape(engine: Engine, _: Tokenizer) -> Sequence[BatchShape]:
+def largest_shape(engine: Engine, *_: object) -> Sequence[BatchShape]:
     """For work that is all prompt, and for programs that make further engines."""
     return engine.shapes[-1:]
 
@@ -159,17 +179,21 @@ def load_model(
     """Fetches, loads and compiles what ``options`` ask for.
 
     ``pick_shapes``: which steps to compile; all, if it is not given. It is called before anything
-    large is loaded, and may refuse work that the engine can never do.
+    large is loaded, with the model's default sampling too, and may refuse work that the engine can
+    never do.
 
     Raises ``ValueError`` in one line for anything a user can mend.
     """
     plan = plan_model(options, phases)
     checkpoint, config = plan.checkpoint, plan.config
+    assert checkpoint is not None
     with phases.phase("tokenizer"):
         tokenizer = Tokenizer(checkpoint.tokenizer)
+    sampling = checkpoint.default_sampling if options.generation_config else SamplingParams()
     engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
-    shapes = pick_shapes(engine, tokenizer) if pick_shapes else None
-    with phases.phase("load", unit="tensors") as progress:
+    shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
+    memory = PeakMemory()
+    with phases.phase("load", "tensors", memory.describe) as progress:
         parameters = load_parameters(
             checkpoint, engine.abstract_parameters, progress, num_tensor_devices(plan.mesh)
         )
@@ -179,34 +203,85 @@ def load_model(
     size = f"{config.num_pages} pages of {config.page_size} tokens, "
     with phases.phase("kv cache", note=size + f"{engine.kv_cache_bytes / 2**20:.0f} MiB"):
         engine.start(parameters)
-    name = options.model if options.model in CATALOG else Path(options.model).stem
     return LoadedModel(
-        name=name,
+        name=model_name(options.model),
         model=checkpoint.model,
         engine=engine,
         engine_config=config,
         dtypes=plan.dtypes,
         tokenizer=tokenizer,
+        default_sampling=sampling,
         devices=plan.devices,
         parameters=parameters,
     )
 
 
-def plan_model(options: argparse.Namespace, phases: Phases) -> Plan:
+def model_name(model: str) -> str:
+    """What a model is called: its name in the catalog, on the hub, of its folder or its file."""
+    path = Path(model)
+    if model in CATALOG and not path.exists():
+        return model
+    on_hub = None if path.exists() else parse_hub_id(model)
+    if on_hub:
+        return on_hub.name
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool = True) -> Plan:
     """Picks devices, fetches the checkpoint and fixes all sizes; loads no weights.
 
-    Raises ``ValueError`` in one line for anything a user can mend.
+    Without ``needs_weights`` the model may be one whose configuration is all there is. Raises
+    ``ValueError`` in one line for anything a user can mend.
     """
-    devices = pick_devices(options, options.tensor_parallel * options.data_parallel)
-    mesh = make_mesh(devices[: options.tensor_parallel])
-    use_compilation_cache()
+    count = options.data_parallel * (options.tensor_parallel or 1)
+    divides = options.tensor_parallel is None and options.tpu is not None
+    devices = pick_devices(options, None if divides else count)
+    if not options.compile_only:  # such programs cannot be read back
+        use_compilation_cache()
+    checkpoint, model = _open_model(options.model, phases, needs_weights)
+    num_tensor = options.tensor_parallel or 1
+    if divides:
+        num_tensor = default_tensor_parallel(model, len(devices), options.data_parallel)
+        devices = devices[: num_tensor * options.data_parallel]
+    mesh = make_mesh(devices[:num_tensor])
+    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
+    config = engine_config(options, model, dtypes, mesh)
+    return Plan(checkpoint, model, config, dtypes, devices, mesh)
+
+
+def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:
+    """The most of a replica's part of ``num_devices`` that the model's heads are divided over.
+
+    Says so when some are left. Raises ``ValueError`` for fewer devices than replicas.
+    """
+    if num_devices < num_replicas:
+        raise ValueError(f"--data-parallel {num_replicas}: there are {num_devices} devices")
+    most = num_devices // num_replicas
+    fitting = [n for n in range(1, most + 1) if most % n == 0 and can_divide_heads(model, n)]
+    count = max(fitting)
+    if count * num_replicas < num_devices:
+        heads = explain_heads(model, count)
+        print(f"{count * num_replicas} of {num_devices} chips are used: {heads}", file=sys.stderr)
+    return count
+
+
+def _open_model(
+    name: str, phases: Phases, needs_weights: bool
+) -> tuple[Checkpoint | None, ModelConfig]:
+    """The checkpoint, and the model it is of; only the model where that is all there is."""
+    if name in configured_models() and not Path(name).exists():
+        if not needs_weights:
+            return None, model_config(name)
+        if name not in CATALOG:
+            raise ValueError(
+                f"of {name} only the configuration is here, for --compile-only and "
+                f"--explain-sharding: give the path of its GGUF file or folder"
+            )
     with phases.phase("download", unit="B") as progress:
-        path = resolve(options.model, progress)
+        path = resolve(name, progress)
     with phases.phase("open"):
         checkpoint = open_checkpoint(path)
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
-    config = engine_config(options, checkpoint.model, dtypes, mesh)
-    return Plan(checkpoint, config, dtypes, devices, mesh)
+    return checkpoint, checkpoint.model
 
 
 def new_engine(
@@ -236,119 +311,15 @@ def more_engines(loaded: LoadedModel, phases: Phases) -> tuple[Engine, ...]:
         name = f"replica {len(engines) + 1}"
         with phases.phase(name, unit="programs") as progress:
             engine.compile(progress)
-            placed = jax.tree.map(
-                lambda array, wanted: jax.device_put(array, wanted.sharding),
-                loaded.parameters,
-                engine.abstract_parameters,
-            )
+            placed = jax.tree.map(place, loaded.parameters, engine.abstract_parameters)
             engine.start(placed)
         engines.append(engine)
     return tuple(engines)
 
 
-def engine_config(
-    options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh
-) -> EngineConfig:
-    """Sizes of the engine; what is not given follows from the model and the platform."""
-    device, num_devices = mesh.devices.flat[0], num_tensor_devices(mesh)
-    context = model.max_position_embeddings
-    if options.max_model_len is not None and options.max_model_len > context:
-        raise ValueError(
-            f"--max-model-len {options.max_model_len} is more than the model's context ({context})"
-        )
-    max_model_len, page_size = options.max_model_len, options.page_size
-    if max_model_len is None:
-        max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
-    if page_size is None:
-        page_size = {"cpu": 16, "gpu": 64}.get(device.platform, 128)
-    steps = options.max_steps_per_call
-    if steps is None:
-        # A step of a small model on an accelerator takes less time than sending it.
-        steps = 1 if device.platform == "cpu" else 4
-    # Checks the sizes themselves before memory is planned with them.
-    config = EngineConfig(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        page_size=page_size,
-        num_pages=1 << 24,
-        prefix_cache=options.prefix_cache,
-        max_steps_per_call=steps,
-        priority_seconds=options.priority_seconds,
-        batch_invariant=options.batch_invariant,
-    )
-    memory = options.kv_memory
-    if memory is None:
-        memory = default_kv_bytes(model, dtypes, mesh, options.data_parallel)
-    else:
-        check_kv_bytes(memory, mesh, options.data_parallel)
-    num_pages = plan_num_pages(
-        model,
-        page_size,
-        dtypes.kv_cache,
-        options.max_num_seqs,
-        max_model_len,
-        memory,
-        num_devices,
-        options.prefix_cache,
-    )
-    if num_pages * page_size < max_model_len:
-        size = page_bytes(model, page_size, dtypes.kv_cache, num_devices)
-        needed = -(-max_model_len // page_size) * size
-        raise ValueError(
-            f"a KV cache of {memory / 2**20:.0f} MiB is too small for one sequence of "
-            f"{max_model_len} tokens, which takes {needed / 2**20:.0f} MiB: raise --kv-memory or "
-            f"lower --max-model-len"
-        )
-    return dataclasses.replace(config, num_pages=num_pages)
-
-
-def check_kv_bytes(memory: int, mesh: Mesh, num_replicas: int) -> None:
-    """Raises ``ValueError`` when ``memory`` a replica is more than its devices have free."""
-    free = free_bytes(mesh.devices.flat[0])
-    if free is None:
-        return
-    # CPU devices, those of all replicas, share the host's memory.
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    wanted = memory * num_replicas if is_cpu else memory
-    free = free if is_cpu else free * num_tensor_devices(mesh)
-    if wanted > free:
-        raise ValueError(
-            f"--kv-memory asks for {wanted / 2**20:.0f} MiB, of which {free / 2**20:.0f} MiB are "
-            f"free: lower it"
-        )
-
-
-def default_kv_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh, num_replicas: int) -> int:
-    """Memory on all devices of a replica for the KV cache when the user names none.
-
-    The parameters are not loaded yet; the first device speaks for all.
-    """
-    device, num_devices = mesh.devices.flat[0], num_tensor_devices(mesh)
-    free = free_bytes(device)
-    if free is None:
-        return DEFAULT_CPU_KV_BYTES
-    loaded = parameter_bytes(model, dtypes, mesh)
-    if device.platform == "cpu":  # its devices share the host's memory
-        left = max(0, free // num_replicas - num_devices * loaded)
-        return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
-    return num_devices * int(max(0, free - loaded) * ACCELERATOR_KV_FRACTION)
-
-
-def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
-    """Bytes of a model's parameters on each device, from its declarations."""
-    _, state = models.abstract(model, dtypes, mesh)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(abstract_parameters(state, mesh))
-    )
-
-
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that the next start is short."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(root / "jaxinfer" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(user_cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

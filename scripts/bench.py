@@ -4,18 +4,21 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse
-import importlib
-import json
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.entry import run_main
+from scripts.entry import importing, run_main  # before all others: see there
+
+# isort: split
+
+import argparse
+import importlib
+import json
+from types import ModuleType
+from typing import Any
 
 # Command -> its module and what it measures. Only the module of the command that runs is imported:
 # what drives a server needs no JAX. Those that make engines of their own compile them.
@@ -35,7 +38,7 @@ def main() -> None:
 
 
 def bench() -> None:
-    """Runs one command and prints its figures."""
+    """Runs one command and prints its figures; raises ``ValueError`` where they are incomplete."""
     module, options = parse_arguments()
     figures = module.run(options) if options.command == "serve" else on_engine(module, options)
     if options.json:
@@ -45,6 +48,8 @@ def bench() -> None:
     else:
         for name, value in figures.items():
             print(f"{name:<28} {value}")
+    if hasattr(module, "check_figures"):
+        module.check_figures(figures)
 
 
 def on_engine(module: ModuleType, options: argparse.Namespace) -> dict[str, Any]:
@@ -72,12 +77,14 @@ def parse_arguments() -> tuple[ModuleType, argparse.Namespace]:
     if name not in COMMANDS:
         parser.parse_args()  # help, or an error
         raise AssertionError("argparse took no command for one")
-    module = importlib.import_module(f"scripts.{COMMANDS[name][0]}")
+    with importing():
+        module = importlib.import_module(f"scripts.{COMMANDS[name][0]}")
     module.add_options(parsers[name])
     parsers[name].add_argument("--json", action="store_true", help="print one line of JSON")
     parsers[name].add_argument("--quiet", action="store_true", help="no progress on stderr")
     if name != "serve":
-        from scripts.assembly import add_engine_options
+        with importing():
+            from scripts.assembly import add_engine_options
 
         add_engine_options(parsers[name])
     options = parser.parse_args()

@@ -5,22 +5,27 @@ once; each point is timed when the machine is idle, or said to have been disturb
 medians over the rounds; a ratio is the median of the ratios within each round.
 """
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
 import argparse
 import json
 import os
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints.catalog import CATALOG, resolve
 from scripts.idle_machine import ForeignUse, wait_until_idle
@@ -91,18 +96,13 @@ class PeerFigures:
 
 
 def main() -> None:
-    """Measures what is there, and says what is not."""
+    """As a program."""
+    run_main(bench_peers)
+
+
+def bench_peers() -> None:
+    """Measures what is there, and says what is not; prints and writes the figures."""
     options = parse_arguments()
-    try:
-        bench_peers(options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def bench_peers(options: argparse.Namespace) -> None:
-    """Runs all rounds; prints and writes the figures."""
     if options.output and not options.output.parent.is_dir():
         raise ValueError(f"{options.output}: the folder {options.output.parent} does not exist")
     if options.output and options.output.is_dir():

@@ -9,6 +9,7 @@ because of an earlier run. Needs neither JAX nor a model.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import platform
@@ -26,6 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxinfer.request import LIMITS
+from scripts.address_option import add_address_option
+from scripts.prompt_lines import PromptLine
 from scripts.serve_metrics import METRICS, RequestRecord, summarize
 from scripts.serve_plots import check_plot, draw_rates, draw_run
 from scripts.serve_requests import DEFAULT_NUM_PROMPTS, Load, count_prompts, make_load, read_prompts
@@ -41,7 +44,7 @@ GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its flags."""
     add = parser.add_argument
-    add("--address", default="127.0.0.1:50051", help="of the server (default: %(default)s)")
+    add_address_option(parser)
     add("--num-prompts", type=int, help=f"default: {DEFAULT_NUM_PROMPTS}, or all of --prompts")
     add(
         "--request-rate",
@@ -141,9 +144,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"the server at {options.address} failed: {error}") from error
 
 
-async def drive(
-    options: argparse.Namespace, lines: Sequence[dict[str, Any]] | None
-) -> dict[str, Any]:
+async def drive(options: argparse.Namespace, lines: Sequence[PromptLine] | None) -> dict[str, Any]:
     """Runs each rate against the server and writes what is asked for."""
     async with AsyncClient(options.address) as client:
         info = await greet(client, options.address)
@@ -153,6 +154,12 @@ async def drive(
         for rate in options.request_rate:
             load = make_load(options, lines, num_prompts, rate, info)
             records, duration = await send(client, load, options)
+            was_interrupted = len(records) < num_prompts
+            if not records:
+                if not runs:
+                    raise KeyboardInterrupt
+                runs[-1]["interrupted"] = True
+                break
             figures = summarize(records, duration, options.percentiles, dict(options.goodput))
             if not figures["completed"]:
                 error = f"all requests failed: {'; '.join(figures['errors'])}"
@@ -161,14 +168,17 @@ async def drive(
                 raise ValueError(error)
             rate_name = "inf" if rate == math.inf else rate
             runs.append(common | {"request_rate": rate_name} | figures)
-    if len(runs) == 1:
+            if was_interrupted:
+                runs[-1]["interrupted"] = True
+                break
+    if len(options.request_rate) == 1:
         figures = runs[0]
     else:
         points = [{key: value for key, value in run.items() if key not in common} for run in runs]
         figures = common | {"points": points}
     if options.output:
         write_json(options.output, figures)
-    if options.plot and len(runs) == 1:
+    if options.plot and "points" not in figures:
         draw_run(figures, records, options.plot)
     elif options.plot:
         draw_rates(figures, options.plot)
@@ -196,8 +206,12 @@ async def greet(client: AsyncClient, address: str) -> pb.GetModelInfoResponse:
 async def send(
     client: AsyncClient, load: Load, options: argparse.Namespace
 ) -> tuple[list[RequestRecord], float]:
-    """Sends all requests, each when it is due; returns what became of them, and the seconds."""
+    """Sends all requests, each when it is due; returns what became of them, and the seconds.
+
+    After Ctrl-C those that were answered until then; the others are cancelled.
+    """
     records = [RequestRecord(arrival=arrival) for arrival in load.arrivals]
+    answered: set[int] = set()
     places = asyncio.Semaphore(options.max_concurrency or len(records))
     salt = secrets.token_hex(8)
     disable = True if options.quiet else None
@@ -214,10 +228,14 @@ async def send(
                 now = time.perf_counter() - started
                 record.start = now if must_wait else record.arrival
                 await request(client, load, options, number, record, salt, started)
+            answered.add(number)
             bar.update()
 
-        await asyncio.gather(*(send_one(number) for number in range(len(records))))
-        return records, time.perf_counter() - started
+        # Ctrl-C cancels the task that runs this, and with it what it waits for.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*(send_one(number) for number in range(len(records))))
+        duration = time.perf_counter() - started
+        return [records[number] for number in sorted(answered)], duration
 
 
 async def request(
@@ -318,6 +336,19 @@ def table(figures: dict[str, Any]) -> str:
         values = "".join(f"{shown(figures[f'{key}_{name}_ms']):>12}" for key in keys)
         lines.append(f"{name:<6}{values}  {meaning}")
     return "\n".join([*lines, *(f"error: {error}" for error in figures["errors"])])
+
+
+def check_figures(figures: dict[str, Any]) -> None:
+    """Raises ``ValueError`` where requests failed: a script that measures must not miss it."""
+    points = figures.get("points", [figures])
+    failed, total = sum(point["failed"] for point in points), figures["num_prompts"] * len(points)
+    if points[-1].get("interrupted"):
+        done = points[-1]["completed"] + points[-1]["failed"]
+        print(f"interrupted after {done} of {figures['num_prompts']} requests", file=sys.stderr)
+        raise KeyboardInterrupt
+    if failed:
+        first = next(point["errors"][0] for point in points if point["errors"])
+        raise ValueError(f"{failed} of {total} requests failed, the first of them: {first}")
 
 
 def rate_lines(points: Sequence[dict[str, Any]]) -> list[str]:

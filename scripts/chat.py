@@ -1,24 +1,28 @@
 """Chats with a running server in a terminal or a pipe. ``python scripts/chat.py --help``."""
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
 import contextlib
 import io
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TextIO
-
-if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jaxinfer.request import LIMITS
 from scripts.chat_options import generate_options, parse_arguments
-from scripts.entry import run_main
 from serving.client import Client, ServerError
 from serving.events import (
     Delta,
@@ -56,7 +60,7 @@ def chat() -> None:
     wanted = generate_options(options)
     prepare_streams()
     with Client(options.address) as client:
-        greeting = greet(client, options.address)
+        greeting = greet(client, options.address, options.max_tokens)
         session = Session(client, options.address, wanted, options.system)
         if session.is_interactive:
             session.note(greeting)
@@ -66,8 +70,11 @@ def chat() -> None:
         raise SystemExit(f"error: {session.num_failures} of the lines were not answered")
 
 
-def greet(client: Client, address: str) -> str:
-    """What is served; raises ``ValueError`` in one line where nobody or nothing can answer."""
+def greet(client: Client, address: str, max_tokens: int | None) -> str:
+    """What is served; raises ``ValueError`` in one line where nobody or nothing can answer.
+
+    Nor can anybody answer with more tokens than the server has room for.
+    """
     try:
         if not client.is_serving(timeout=CONNECT_SECONDS):
             raise ValueError(f"the server at {address} is loading its model: try again when it is")
@@ -82,6 +89,11 @@ def greet(client: Client, address: str) -> str:
     name = one_line(info.model_name)
     if not info.has_chat_template:
         raise ValueError(f"{name}, served at {address}, has no chat template: it cannot chat")
+    if max_tokens is not None and max_tokens >= info.max_model_len:
+        raise ValueError(
+            f"--max-tokens {max_tokens} leaves no room for a message: the server at {address} "
+            f"takes {info.max_model_len} tokens, prompt included"
+        )
     return f"{name} at {address}, up to {info.max_model_len} tokens; /help lists the commands"
 
 
@@ -204,7 +216,9 @@ class Session:
                 return
             if line.rstrip() == "/quit":
                 return
-            if len(line) > MAX_LINE_CHARACTERS:
+            if not is_text(line):
+                self._refuse("this line is not UTF-8, and was not sent")
+            elif len(line) > MAX_LINE_CHARACTERS:
                 self._refuse(f"a message has at most {MAX_LINE_CHARACTERS} characters")
             elif line.startswith("/"):
                 self._command(line)
@@ -315,6 +329,11 @@ def printable(text: str, stream: TextIO) -> str:
 def one_line(text: str) -> str:
     """A server's words as one line without control characters."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+
+
+def is_text(line: str) -> bool:
+    """Whether all bytes of a line were characters; see ``prepare_streams``."""
+    return not any("\ud800" <= character <= "\udfff" for character in line)
 
 
 def prepare_streams() -> None:

@@ -1,18 +1,17 @@
 """The command line of chat.py: what every message is sent with, checked before there is one."""
 
 import argparse
-import re
-from dataclasses import fields
 from typing import Any, cast
 
-from jaxinfer.request import SamplingParams
+from scripts.address_option import add_address_option
 from scripts.sampling_options import (
+    BY_MODEL,
     add_sampling_options,
     checked_text_options,
     sampling_params,
 )
-from serving.client import DEFAULT_TARGET
-from serving.events import GenerateOptions, Message, generate_request
+from serving.client_requests import generate_request
+from serving.events import GenerateOptions, Message
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,13 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Chat with a running server.", conflict_handler="resolve"
     )
-    parser.add_argument(
-        "--address",
-        type=parse_address,
-        default=DEFAULT_TARGET,
-        metavar="HOST:PORT",
-        help="where the server listens (default: %(default)s)",
-    )
+    add_address_option(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the chat")
     add_sampling_options(parser)
     for name in ("--n", "--logprobs", "--prompt-logprobs"):
@@ -36,23 +29,23 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.max_tokens is not None and options.max_tokens < 1:
         parser.error(f"--max-tokens must be at least 1, got {options.max_tokens}")
+    if options.max_tokens is not None and options.min_tokens > options.max_tokens:
+        parser.error(
+            f"--min-tokens {options.min_tokens} is more than --max-tokens {options.max_tokens}"
+        )
     return options
 
 
 def generate_options(options: argparse.Namespace) -> GenerateOptions:
     """What every request asks for; raises ``ValueError`` for what no server could take.
 
-    What is as the flags have it anyway is left out: the server's defaults are the same.
+    What no flag says is left out: the server knows the model's defaults.
     """
     sampling, text_options = sampling_params(options), checked_text_options(options)
-    default = SamplingParams()
-    names = [entry.name for entry in fields(SamplingParams) if entry.name != "logit_bias"]
-    wanted: dict[str, Any] = {
-        name: getattr(sampling, name)
-        for name in names
-        if getattr(sampling, name) != getattr(default, name)
-    }
+    wanted: dict[str, Any] = {name: getattr(options, name) for name in BY_MODEL}
     wanted |= {
+        "presence_penalty": sampling.presence_penalty or None,
+        "frequency_penalty": sampling.frequency_penalty or None,
         "logit_bias": dict(sampling.logit_bias),
         "seed": options.seed,
         "max_tokens": options.max_tokens,
@@ -66,17 +59,6 @@ def generate_options(options: argparse.Namespace) -> GenerateOptions:
     )
     generate_request([Message("system", options.system or ""), Message("user", "")], checked)
     return checked
-
-
-def parse_address(text: str) -> str:
-    """HOST:PORT, for argparse."""
-    host, _, port = text.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535
-    if not is_port or not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host):
-        raise argparse.ArgumentTypeError(
-            f"must be HOST:PORT with a port between 1 and 65535, got {text!r:.80}"
-        )
-    return text
 
 
 def not_for_chats(text: str) -> int:

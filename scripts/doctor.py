@@ -1,5 +1,15 @@
 """One page about this machine for a bug report. ``python scripts/doctor.py --help``."""
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
 import argparse
 import io
 import json
@@ -7,13 +17,8 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import doctor_machine
 from scripts.doctor_problems import find_problems
@@ -24,15 +29,17 @@ GIB = 1 << 30
 
 
 def main() -> None:
-    """Entry point ``jaxinfer-doctor``; exits with 1 where something prevents serving."""
-    try:
-        options = parse_arguments()
-        if isinstance(sys.stdout, io.TextIOWrapper):  # variables may hold any bytes
-            sys.stdout.reconfigure(errors="backslashreplace")
-        report = doctor_machine.without_home(examine(options))
-        print(json.dumps(report, indent=2) if options.json else page(report), flush=True)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    """Entry point ``jaxinfer-doctor``."""
+    run_main(doctor)
+
+
+def doctor() -> None:
+    """Prints the page; exits with 1 where something prevents serving."""
+    options = parse_arguments()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # variables may hold any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
+    report = doctor_machine.without_home(examine(options))
+    print(json.dumps(report, indent=2) if options.json else page(report), flush=True)
     if not report["can_serve"]:
         raise SystemExit(1)
 

@@ -18,12 +18,20 @@ import jax
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.kv_cache import page_bytes
 from jaxinfer.sharding import Device, make_mesh
-from scripts.assembly import DEFAULT_MODEL, add_engine_options, engine_config, parameter_bytes
+from scripts.assembly import DEFAULT_MODEL, add_engine_options
+from scripts.engine_sizes import engine_config
 from scripts.memory import free_bytes
+from scripts.memory_plan import parameter_bytes
 from scripts.platforms import pick_devices
 
 FIT_KEYS = ("parameter_bytes", "kv_token_bytes", "kv_tokens", "most_kv_tokens", "refusal")
 LLAMA: dict[str, Any] = {"architecture": "llama", "rms_norm_eps": 1e-5}
+LLAMA_3 = LLAMA | {
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "rope_theta": 5e5,
+}
 # Shapes as their config.json has them; what scales frequencies takes no memory and is left out.
 SHAPES = {
     DEFAULT_MODEL: ModelConfig(
@@ -40,42 +48,30 @@ SHAPES = {
         tie_word_embeddings=True,
     ),
     "Llama 3.2 1B": ModelConfig(
-        **LLAMA,
-        max_position_embeddings=131072,
-        vocab_size=128256,
+        **LLAMA_3,
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=16,
         num_attention_heads=32,
-        num_key_value_heads=8,
         head_dim=64,
-        rope_theta=5e5,
         tie_word_embeddings=True,
     ),
     "Llama 3.2 3B": ModelConfig(
-        **LLAMA,
-        max_position_embeddings=131072,
-        vocab_size=128256,
+        **LLAMA_3,
         hidden_size=3072,
         intermediate_size=8192,
         num_hidden_layers=28,
         num_attention_heads=24,
-        num_key_value_heads=8,
         head_dim=128,
-        rope_theta=5e5,
         tie_word_embeddings=True,
     ),
     "Llama 3.1 8B": ModelConfig(
-        **LLAMA,
-        max_position_embeddings=131072,
-        vocab_size=128256,
+        **LLAMA_3,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
-        num_key_value_heads=8,
         head_dim=128,
-        rope_theta=5e5,
     ),
 }
 
@@ -132,7 +128,7 @@ def fit(
     result: dict[str, Any] = dict.fromkeys(FIT_KEYS)
     try:
         parameters = parameter_bytes(model, dtypes, mesh)
-        page = page_bytes(model, 1, dtypes.kv_cache, len(devices))
+        page = page_bytes(model, 128, dtypes.kv_cache, mesh) // 128
     except ValueError as error:  # heads that cannot be divided over so many devices
         return result | {"refusal": str(error)}
     result |= {"parameter_bytes": parameters, "kv_token_bytes": page}

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = (
     *("jax", "jaxlib", "flax", "orbax-checkpoint", "optax", "numpy", "grpcio"),
     *("grpcio-health-checking", "grpcio-reflection", "protobuf", "tokenizers", "jinja2"),
-    *("safetensors", "tqdm"),
+    *("safetensors", "huggingface-hub", "tqdm"),
 )
 OPTIONAL = (
     *("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
@@ -141,10 +141,10 @@ def host_memory() -> dict[str, int | None]:
 
 def caches() -> dict[str, dict[str, Any]]:
     """Where compiled programs and models are kept, and how much that is."""
-    from checkpoints.catalog import cache_folder
+    from checkpoints.catalog import cache_folder, user_cache_folder
 
-    models = cache_folder()
-    return {"programs": _folder(models.parent / "xla"), "models": _folder(models)}
+    models, programs = cache_folder(), user_cache_folder() / "xla"
+    return {"programs": _folder(programs), "models": _folder(models)}
 
 
 def cached_models() -> dict[str, bool]:

@@ -1,8 +1,10 @@
-"""What is wrong with a machine, and what to do: reads the doctor's report and nothing else."""
+"""What is wrong with a machine, and what to do: reads the doctor's report."""
 
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from scripts.installing import install_command
 
 PYTHON = (3, 12)
 # scripts/platforms.py: with more threads a request's tokens may depend on its neighbours.
@@ -27,18 +29,21 @@ def _installation(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     python = report["versions"]["python"]
     if not python.startswith("{}.{}.".format(*PYTHON)):
         wanted = "{}.{}".format(*PYTHON)
-        yield _problem(f"this is Python {python}", f"Use Python {wanted}: make setup", True)
+        yield _problem(
+            f"this is Python {python}", f"Use Python {wanted}: {install_command()}", True
+        )
     missing = [name for name, version in report["packages"].items() if version is None]
     if missing:
-        remedy = "Install the dependencies: make setup"
+        remedy = f"Install the dependencies: {install_command()}"
         yield _problem(f"not installed: {', '.join(missing)}", remedy, True)
     jax, jaxlib = report["packages"].get("jax"), report["packages"].get("jaxlib")
     if jax and jaxlib and jax != jaxlib:
-        remedy = "Where devices are not found, install the same version of both: make setup"
+        remedy = "Where devices are not found, install the same version of both: "
+        remedy += install_command()
         yield _problem(f"jax is {jax} and jaxlib {jaxlib}", remedy)
     for part in ("caches", "models", "port"):
         if "error" in report[part]:
-            remedy = "If packages are missing or broken: make setup"
+            remedy = f"If packages are missing or broken: {install_command()}"
             yield _problem(f"{part} cannot be examined ({report[part]['error']})", remedy)
 
 
@@ -54,7 +59,7 @@ def _devices(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     kinds = {device["platform"] for device in report["devices"]["devices"]}
     if report["nvidia_smi"] and kinds == {"cpu"} and not platforms:
         count = len(report["nvidia_smi"])
-        remedy = "To use it: make setup EXTRAS=gpu (with --cpu this is as asked)"
+        remedy = f"To use it: {install_command('gpu')} (with --cpu this is as asked)"
         yield _problem(f"nvidia-smi shows {count} GPU(s), and JAX uses the CPU", remedy)
     threads = report["environment"].get("NPROC", "")
     if kinds == {"cpu"} and threads.isdecimal() and int(threads) > MAX_CPU_THREADS:
@@ -87,7 +92,7 @@ def _caches(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _port(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     port = report["port"]
     if port.get("state") in ("taken", "unknown"):
-        remedy = 'Give another: make serve ARGS="--port 50077"'
+        remedy = "Give another, such as --port 50077"
         what = f"{port['address']}, the default, cannot be listened on ({port['detail']})"
         yield _problem(what, remedy, True)
 

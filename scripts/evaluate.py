@@ -4,21 +4,25 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse
-import json
-import math
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
+import argparse
+import json
+import math
+
 import numpy as np
 from tqdm import tqdm
 
 from jaxinfer.request import Request
 from scripts.assembly import LoadedModel, add_engine_options, largest_shape, load_model
-from scripts.entry import run_main
 from scripts.phases import Phases
 
 MAX_TEXT_BYTES = 256 << 20
@@ -39,7 +43,7 @@ def evaluate() -> None:
         text = Path(options.text).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{options.text} is not UTF-8: {error}") from error
-    phases = Phases(STARTED, quiet=options.json)
+    phases = Phases(STARTED, quiet=options.json or options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
     loaded = load_model(options, phases, largest_shape)
     token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
@@ -48,7 +52,7 @@ def evaluate() -> None:
     if len(token_ids) < 2:
         raise ValueError(f"the text has {len(token_ids)} tokens; at least 2 are needed")
     begun = time.perf_counter()
-    losses = window_losses(loaded, token_ids)
+    losses = window_losses(loaded, token_ids, options.quiet)
     result = {
         "model": loaded.name,
         "tokens": len(token_ids),
@@ -65,7 +69,7 @@ def evaluate() -> None:
         print(f"{name:<17} {value}")
 
 
-def window_losses(loaded: LoadedModel, token_ids: list[int]) -> np.ndarray:
+def window_losses(loaded: LoadedModel, token_ids: list[int], quiet: bool = False) -> np.ndarray:
     """Nats of every predicted token, in windows of max_model_len - 1 that do not overlap.
 
     The windows are prompts like any other, of which log-probabilities are wanted. The first token
@@ -77,7 +81,10 @@ def window_losses(loaded: LoadedModel, token_ids: list[int]) -> np.ndarray:
         window = tuple(token_ids[start : start + size])
         loaded.engine.add(Request(str(start), window, max_tokens=1, prompt_logprobs=0))
     losses: dict[str, list[float]] = {}
-    with tqdm(total=len(starts), desc="windows", file=sys.stderr, disable=None, leave=False) as bar:
+    disable = True if quiet else None
+    with tqdm(
+        total=len(starts), desc="windows", file=sys.stderr, disable=disable, leave=False
+    ) as bar:
         while loaded.engine.has_unfinished:
             for output in loaded.engine.step():
                 scored = output.prompt_logprobs[1:]
@@ -92,6 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="a UTF-8 file")
     parser.add_argument("--max-tokens", type=int, help="only the text's first tokens")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_engine_options(parser)
     options = parser.parse_args()
     if options.max_tokens is not None and options.max_tokens < 2:

@@ -41,7 +41,7 @@ def explain_sharding(plan: Plan) -> str:
 
     Equal arrays of several layers are one line. Temporaries are not in it: nothing is compiled.
     """
-    model, num_devices = plan.checkpoint.model, num_tensor_devices(plan.mesh)
+    model, num_devices = plan.model, num_tensor_devices(plan.mesh)
     sections = {
         "parameters": list(_parameters(plan)),
         "KV pages": list(_kv_pages(plan)),
@@ -62,8 +62,8 @@ def explain_sharding(plan: Plan) -> str:
 
 def _parameters(plan: Plan) -> Iterator[Array]:
     """By their own declarations, made for this mesh and for one device."""
-    _, state = models.abstract(plan.checkpoint.model, plan.dtypes, plan.mesh)
-    _, logical = models.abstract(plan.checkpoint.model, plan.dtypes)
+    _, state = models.abstract(plan.model, plan.dtypes, plan.mesh)
+    _, logical = models.abstract(plan.model, plan.dtypes)
     declared, logical = dict(nnx.to_flat_state(state)), dict(nnx.to_flat_state(logical))
     for entries, leaf in jax.tree.leaves_with_path(abstract_parameters(state, plan.mesh)):
         path = tuple(entry.key for entry in entries)
@@ -76,8 +76,10 @@ def _kv_pages(plan: Plan) -> Iterator[Array]:
     logical = _abstract_state(plan, make_mesh(plan.devices[:1])).kv_pages
     physical = _abstract_state(plan, plan.mesh).kv_pages
     for layer, (ours, theirs) in enumerate(zip(physical, logical, strict=True)):
-        for name, pages, one in zip(("keys", "values"), ours, theirs, strict=True):
-            yield _array(f"kv_pages.{layer}.{name}", one.shape, pages, KV_PAGES_AXES)
+        fields = jax.tree.leaves_with_path(ours)
+        for ((field,), pages), one in zip(fields, jax.tree.leaves(theirs), strict=True):
+            axes = KV_PAGES_AXES + (None,) * (pages.ndim - len(KV_PAGES_AXES))
+            yield _array(f"kv_pages.{layer}.{field.name}", one.shape, pages, axes)
 
 
 def _step_state(plan: Plan) -> Iterator[Array]:
@@ -90,7 +92,7 @@ def _step_state(plan: Plan) -> Iterator[Array]:
 
 
 def _abstract_state(plan: Plan, mesh: Mesh) -> step.StepState:
-    return step.abstract_state(plan.checkpoint.model, plan.config, plan.dtypes, mesh)
+    return step.abstract_state(plan.model, plan.config, plan.dtypes, mesh)
 
 
 def _array(name: str, logical: tuple[int, ...], leaf: Any, axes: Sequence[str | None]) -> Array:
@@ -108,8 +110,8 @@ def _grouped(arrays: Sequence[Array]) -> Iterator[tuple[Array, int]]:
     groups: dict[Array, list[str]] = {}
     for array in arrays:
         parts = array.name.split(".")
-        layer = parts[1:2] if len(parts) == 3 else []
-        name = f"{parts[0]}.{{}}.{parts[2]}" if layer else array.name
+        layer = parts[1:2] if len(parts) >= 3 else []
+        name = ".".join([parts[0], "{}", *parts[2:]]) if layer else array.name
         groups.setdefault(dataclasses.replace(array, name=name), []).extend(layer)
     for array, layers in groups.items():
         name = array.name.format("-".join(layers[:1] + layers[1:][-1:]))

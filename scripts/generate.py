@@ -4,17 +4,22 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse
-import json
-import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
+import argparse
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,10 +28,14 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
 from scripts.assembly import add_engine_options, load_model
-from scripts.entry import run_main
 from scripts.phases import Phases
-from scripts.prompt_lines import parse_lines
-from scripts.sampling_options import add_sampling_options, checked_text_options, sampling_params
+from scripts.prompt_lines import PromptLine, parse_lines
+from scripts.sampling_options import (
+    add_sampling_options,
+    checked_text_options,
+    describe_sampling,
+    sampling_params,
+)
 from serving.output_text import OutputText, output_texts
 from serving.tokenizer import Tokenizer
 from serving.validate import DEFAULT_MAX_TOKENS
@@ -80,21 +89,30 @@ def main() -> None:
 def generate() -> None:
     """Reads all prompts, checks them, loads the model, and prints results in input order."""
     options = parse_arguments()
-    sampling, text_options = sampling_params(options), checked_text_options(options)
+    sampling_params(options)  # what cannot be is refused before anything is fetched
+    text_options = checked_text_options(options)
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
     generations: list[Generation] = []
 
-    def pick_shapes(engine: Engine, tokenizer: Tokenizer) -> Sequence[BatchShape] | None:
+    def pick_shapes(
+        engine: Engine, tokenizer: Tokenizer, default: SamplingParams
+    ) -> Sequence[BatchShape] | None:
         # What does not fit is refused before the weights are loaded.
+        sampling = sampling_params(options, default)
+        if default != SamplingParams() and not options.quiet:
+            note = "sampling, by generation_config.json where no flag says else"
+            print(f"{note}: {describe_sampling(sampling)}", file=sys.stderr)
         new_text = output_texts(tokenizer, text_options)
         for number, line in enumerate(inputs):
-            prompt = tuple(encode(line, tokenizer, options.chat))
             seed = secrets.randbits(63) if options.seed is None else options.seed
-            request = make_request(
-                number, prompt, replace(sampling, seed=seed), engine, tokenizer, options
-            )
+            seeded = replace(sampling, seed=seed)
+            try:
+                prompt = tuple(encode(line, tokenizer, options))
+                request = make_request(number, prompt, seeded, engine, tokenizer, options)
+            except ValueError as error:
+                raise ValueError(f"{line.place}: {error}") from error
             generations.append(Generation(request, [Choice(new_text()) for _ in range(request.n)]))
         return shapes_for(engine, [generation.request for generation in generations])
 
@@ -126,25 +144,22 @@ def make_request(
     tokenizer: Tokenizer,
     options: argparse.Namespace,
 ) -> Request:
-    """A request that is known to fit; errors name the input."""
+    """A request that is known to fit."""
     room = engine.config.max_model_len - len(prompt)
-    try:
-        request = Request(
-            request_id=str(number),
-            prompt_token_ids=prompt,
-            max_tokens=options.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
-            sampling=sampling,
-            eos_token_ids=tokenizer.eos_token_ids,
-            ignore_eos=options.ignore_eos,
-            stop_token_ids=tuple(options.stop_token_id),
-            min_tokens=options.min_tokens,
-            n=options.n,
-            logprobs=options.logprobs,
-            prompt_logprobs=options.prompt_logprobs,
-        )
-        request.check_fits(engine.model.vocab_size, engine.config.max_model_len)
-    except ValueError as error:
-        raise ValueError(f"input {number + 1}: {error}") from error
+    request = Request(
+        request_id=str(number),
+        prompt_token_ids=prompt,
+        max_tokens=options.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
+        sampling=sampling,
+        eos_token_ids=tokenizer.eos_token_ids,
+        ignore_eos=options.ignore_eos,
+        stop_token_ids=tuple(options.stop_token_id),
+        min_tokens=options.min_tokens,
+        n=options.n,
+        logprobs=options.logprobs,
+        prompt_logprobs=options.prompt_logprobs,
+    )
+    request.check_fits(engine.model.vocab_size, engine.config.max_model_len)
     return request
 
 
@@ -231,26 +246,31 @@ def describe(choice: Choice, with_logprobs: bool) -> dict[str, Any]:
     return result
 
 
-def read_inputs(options: argparse.Namespace) -> list[dict[str, Any]]:
+def read_inputs(options: argparse.Namespace) -> list[PromptLine]:
     """Prompts of the command line, or the lines of ``--input``; every line is checked first."""
     if options.prompts:
-        return [{"prompt": prompt} for prompt in options.prompts]
+        return [
+            PromptLine(f"prompt {number}", "prompt", prompt)
+            for number, prompt in enumerate(options.prompts, start=1)
+        ]
     if options.input == "-":
-        return parse_lines(sys.stdin)
+        return parse_lines(sys.stdin, "standard input")
     with Path(options.input).open(encoding="utf-8-sig") as file:
-        return parse_lines(file)
+        return parse_lines(file, options.input)
 
 
-def encode(line: dict[str, Any], tokenizer: Tokenizer, chat: bool) -> list[int]:
-    """Token ids of one input; ``chat`` makes a user's message of a plain prompt."""
-    if "token_ids" in line:
-        return line["token_ids"]
-    if "messages" in line:
-        return tokenizer.encode_chat(line["messages"])
-    LIMITS["prompt_characters"].check("prompt_characters", len(line["prompt"]))
-    if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": line["prompt"]}])
-    return tokenizer.encode(line["prompt"])
+def encode(line: PromptLine, tokenizer: Tokenizer, options: argparse.Namespace) -> list[int]:
+    """Token ids of one input; ``--chat`` makes a user's message of a plain prompt."""
+    if line.kind == "token_ids":
+        return line.content
+    parses = options.parse_special_tokens
+    if line.kind == "messages":
+        return tokenizer.encode_chat(line.content, parse_special_tokens=parses)
+    LIMITS["prompt_characters"].check("prompt_characters", len(line.content))
+    if options.chat:
+        message = {"role": "user", "content": line.content}
+        return tokenizer.encode_chat([message], parse_special_tokens=parses)
+    return tokenizer.encode(line.content, parse_special_tokens=parses)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -262,6 +282,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON a prompt")
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's chat message")
+    parser.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help='"<|im_end|>" and its like in prompts are those tokens, and not text',
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_sampling_options(parser)
     add_engine_options(parser)

@@ -19,8 +19,13 @@ class Phases:
         self._rows: list[tuple[str, float, str]] = []
 
     @contextmanager
-    def phase(self, name: str, unit: str = "", note: str = "") -> Iterator[Progress]:
-        """Times its body, which gets ``progress(done, total)``; ``unit`` is what is counted."""
+    def phase(
+        self, name: str, unit: str = "", note: str | Callable[[], str] = ""
+    ) -> Iterator[Progress]:
+        """Times its body, which gets ``progress(done, total)``; ``unit`` is what is counted.
+
+        ``note`` is printed behind that; one that is called is called at the end.
+        """
         begun, last = time.perf_counter(), (0, 0)
         # A bar where somebody watches; elsewhere one line a phase is enough.
         scale = unit == "B"
@@ -50,9 +55,10 @@ class Phases:
         counted = f"{last[1]} {unit}" if last[1] and not scale else ""
         if scale and last[1]:
             counted = f"{last[1] / 2**20:.0f} MiB"
-        self._rows.append((name, seconds, note or counted))
+        said = ", ".join(filter(None, (counted, note if isinstance(note, str) else note())))
+        self._rows.append((name, seconds, said))
         if not self._quiet:
-            print(f"{name:<10} {seconds:7.2f} s  {note or counted}".rstrip(), file=sys.stderr)
+            print(f"{name:<10} {seconds:7.2f} s  {said}".rstrip(), file=sys.stderr)
 
     def add(self, name: str, seconds: float, note: str = "") -> None:
         """Notes a phase that was timed elsewhere."""

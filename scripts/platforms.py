@@ -9,14 +9,9 @@ import jax
 
 from jaxinfer.engine import MAX_CPU_THREADS
 from jaxinfer.sharding import Device
-
-# What the user calls a TPU generation -> how its devices call themselves.
-TPU_DEVICE_KINDS = {
-    "v4": ("TPU v4",),
-    "v5e": ("TPU v5 lite", "TPU v5e"),
-    "v5p": ("TPU v5", "TPU v5p"),
-    "v6e": ("TPU v6 lite", "TPU v6e"),
-}
+from scripts.installing import install_command
+from scripts.tpu_targets import parse_target, tpu_name
+from scripts.tpu_topology import topology_devices
 
 
 def add_platform_options(parser: argparse.ArgumentParser) -> None:
@@ -25,20 +20,28 @@ def add_platform_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpu", action="store_true", help="run on the CPU")
     group.add_argument("--gpu", action="store_true", help="run on an NVIDIA GPU")
     group.add_argument(
-        "--tpu", choices=sorted(TPU_DEVICE_KINDS), help="run on a TPU of this generation"
+        "--tpu",
+        type=tpu_name,
+        metavar="NAME",
+        help="run on a TPU, called v5e (all chips of this machine), v5e-8, v5litepod-8, v6e-4, "
+        "v5p-8, ...",
     )
+    parser.set_defaults(compile_only=False)
 
 
-def pick_devices(options: argparse.Namespace, count: int = 1) -> list[Device]:
-    """``count`` devices of the wanted platform.
+def pick_devices(options: argparse.Namespace, count: int | None = 1) -> list[Device]:
+    """``count`` devices of the wanted platform; None for all that ``--tpu`` names.
 
-    A CPU is as many devices as wanted. Raises ``ValueError`` in one line when there are none or
-    too few.
+    A CPU is as many devices as wanted. With ``options.compile_only`` the TPU's devices are only
+    described. Raises ``ValueError`` in one line when there are none or too few.
     """
-    if count > 1:
+    if count is not None and count > 1:
         _force_cpu_devices(count)
-    devices = _devices(options)
-    if len(devices) < count:
+    if options.compile_only:
+        devices = topology_devices(parse_target(options.tpu))
+    else:
+        devices = _devices(options)
+    if count is not None and len(devices) < count:
         raise ValueError(
             f"{count} devices are needed (--tensor-parallel times --data-parallel), "
             f"there are {len(devices)} x {devices[0].device_kind}"
@@ -54,13 +57,15 @@ def _devices(options: argparse.Namespace) -> list[Device]:
         jax.config.update("jax_platforms", "cpu")
         return jax.devices("cpu")
     if options.gpu:
-        return _accelerators("cuda", "--gpu", "an NVIDIA driver and make setup EXTRAS=gpu")
+        return _accelerators("cuda", "--gpu", f"an NVIDIA driver and {install_command('gpu')}")
     if options.tpu:
-        devices = _accelerators("tpu", f"--tpu {options.tpu}", "a TPU VM and make setup EXTRAS=tpu")
-        kind = devices[0].device_kind
-        if kind not in TPU_DEVICE_KINDS[options.tpu]:
+        needed = f"a TPU VM and {install_command('tpu')}"
+        devices = _accelerators("tpu", f"--tpu {options.tpu}", needed)
+        target, kind = parse_target(options.tpu), devices[0].device_kind
+        wanted = target.num_chips or len(devices)
+        if kind not in target.generation.device_kinds or len(devices) < wanted:
             raise ValueError(f"--tpu {options.tpu}: this machine has {len(devices)} x {kind}")
-        return devices
+        return devices[:wanted]
     return jax.devices()
 
 

@@ -1,21 +1,26 @@
 """Flags that say how tokens are chosen: of generate.py and of chat.py. Imports no JAX."""
 
 import argparse
+from dataclasses import replace
 
 from jaxinfer.request import LIMITS, SamplingParams
 from serving.output_text import TextOptions
 from serving.validate import check_stop
+
+# What a model may come with defaults for.
+BY_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen, when that ends, and what is told of it."""
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--top-k", type=int, default=0, help="0 is off (default)")
-    add("--top-p", type=float, default=1.0, help="1 is off (default)")
-    add("--min-p", type=float, default=0.0, help="0 is off (default)")
-    add("--repetition-penalty", type=float, default=1.0, help="1 is off (default)")
+    model = "default: as the model's generation_config.json says, else"
+    add("--temperature", type=float, help=f"0 is greedy ({model} 0)")
+    add("--top-k", type=int, help=f"0 is off ({model} 0)")
+    add("--top-p", type=float, help=f"1 is off ({model} 1)")
+    add("--min-p", type=float, help=f"0 is off ({model} 0)")
+    add("--repetition-penalty", type=float, help=f"1 is off ({model} 1)")
     add("--presence-penalty", type=float, default=0.0, help="0 is off (default)")
     add("--frequency-penalty", type=float, default=0.0, help="0 is off (default)")
     add(
@@ -59,18 +64,31 @@ def parse_bias(argument: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"must be ID=VALUE, got {argument!r:.80}") from None
 
 
-def sampling_params(options: argparse.Namespace) -> SamplingParams:
-    """The sampling asked for; without a seed where one is to be chosen for each prompt."""
-    return SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
+def sampling_params(
+    options: argparse.Namespace, defaults: SamplingParams | None = None
+) -> SamplingParams:
+    """The sampling asked for, and what is not as in ``defaults``.
+
+    Without a seed where one is to be chosen for each prompt.
+    """
+    given = {name: getattr(options, name) for name in BY_MODEL}
+    return replace(
+        defaults or SamplingParams(),
+        **{name: value for name, value in given.items() if value is not None},
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         logit_bias=tuple(options.logit_bias),
         seed=options.seed or 0,
+    )
+
+
+def describe_sampling(sampling: SamplingParams) -> str:
+    """What of ``sampling`` is not off, such as "temperature 0.7, top_p 0.8"."""
+    off = SamplingParams()
+    return ", ".join(
+        f"{name} {getattr(sampling, name):g}"
+        for name in BY_MODEL
+        if getattr(sampling, name) != getattr(off, name)
     )
 
 

@@ -4,20 +4,27 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
+import argparse
+import logging
+import os
+
+from jaxinfer.request import SamplingParams
 from scripts.assembly import add_engine_options, load_model, more_engines, parse_count, plan_model
-from scripts.entry import run_main
+from scripts.compile_only import compile_only
 from scripts.explain_sharding import explain_sharding
 from scripts.memory import memory_table
 from scripts.phases import Phases
+from scripts.sampling_options import describe_sampling
 from serving.served_model import ServedModel
 from serving.server import LoadInterruptedError, run_server
 
@@ -35,7 +42,10 @@ def serve() -> None:
     phases = Phases(STARTED)
     phases.add("import", time.perf_counter() - STARTED)
     if options.explain_sharding:
-        print(explain_sharding(plan_model(options, phases)))
+        print(explain_sharding(plan_model(options, phases, needs_weights=False)))
+        return
+    if options.compile_only:
+        compile_only(options, phases)
         return
     described = table = ""
 
@@ -43,10 +53,13 @@ def serve() -> None:
         nonlocal described, table
         loaded = load_model(options, phases)
         engines = more_engines(loaded, phases)
-        table = memory_table(loaded.engine, loaded.devices)
+        table = memory_table(engines, loaded.devices)
         where = loaded.devices[0].device_kind
         if len(loaded.devices) > 1:
             where = f"{len(loaded.devices)} x {where}"
+        if loaded.default_sampling != SamplingParams():
+            said = describe_sampling(loaded.default_sampling)
+            table += f"\nsampling where a request says nothing (generation_config.json): {said}"
         described = f"{loaded.name} on {where} in {loaded.dtypes.weights}"
         return ServedModel(
             name=loaded.name,
@@ -55,6 +68,7 @@ def serve() -> None:
             engine_config=loaded.engine_config,
             dtypes=loaded.dtypes,
             tokenizer=loaded.tokenizer,
+            default_sampling=loaded.default_sampling,
         )
 
     def on_ready(port: int) -> None:
@@ -102,7 +116,15 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="print which array lies where, and end; loads no weights",
     )
+    group.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="will it fit? compile for the chips that --tpu names, there or not, print what each "
+        "would hold, and end; loads no weights",
+    )
     options = parser.parse_args()
+    if options.compile_only and options.tpu is None:
+        parser.error("--compile-only needs --tpu NAME, such as --tpu v5e-8")
     if not 0 <= options.grace_seconds <= 86400:
         parser.error(f"--grace-seconds must be between 0 and 86400, got {options.grace_seconds}")
     if not 0 <= options.port <= 65535:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.installing import install_command
 from scripts.serve_metrics import RequestRecord, tokens_per_second
 
 
@@ -15,9 +16,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"--plot draws a PNG file, got {path.name!r:.80}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            "--plot needs matplotlib: make setup in a checkout, or pip install matplotlib"
-        )
+        raise ValueError(f"--plot needs matplotlib: {install_command('plot')}")
 
 
 def draw_run(figures: dict[str, Any], records: Sequence[RequestRecord], path: Path) -> None:
@@ -36,9 +35,8 @@ def draw_run(figures: dict[str, Any], records: Sequence[RequestRecord], path: Pa
         axes.set_ylabel("share of requests" if axes is first else "share of gaps")
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1)
-    rates = tokens_per_second(done)
-    speed.plot(np.arange(len(rates)), rates, drawstyle="steps-post")
-    speed.set_xlabel("seconds since the start")
+    speed.stairs(whole_seconds(tokens_per_second(done), figures["duration"]))
+    speed.set_xlabel("seconds since the start, whole ones only")
     speed.set_ylabel("output tokens/s")
     speed.set_xlim(left=0)
     speed.set_ylim(bottom=0)
@@ -46,6 +44,18 @@ def draw_run(figures: dict[str, Any], records: Sequence[RequestRecord], path: Pa
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def whole_seconds(rates: np.ndarray, duration: float) -> np.ndarray:
+    """A rate for each whole second of a run: the rest of one at the end would look like a drop.
+
+    A run that is shorter than a second is drawn as one, at its mean rate.
+    """
+    if duration < 1:
+        return np.array([rates.sum() / max(duration, 1e-4)])
+    whole = np.zeros(int(duration))
+    whole[: len(rates)] = rates[: len(whole)]
+    return whole
 
 
 def draw_rates(figures: dict[str, Any], path: Path) -> None:

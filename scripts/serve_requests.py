@@ -3,12 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from scripts.arrivals import arrival_times, length_range, random_lengths, random_prompts
-from scripts.prompt_lines import parse_lines
+from scripts.prompt_lines import PromptLine, parse_lines
 from serving.events import Message, Prompt
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
@@ -27,7 +26,7 @@ class Load:
 
 def make_load(
     options: argparse.Namespace,
-    lines: Sequence[dict[str, Any]] | None,
+    lines: Sequence[PromptLine] | None,
     num_prompts: int,
     rate: float,
     info: pb.GetModelInfoResponse,
@@ -56,7 +55,7 @@ def make_load(
     return Load(prompts, output_lens, arrival_times(num_prompts, rate, options.burstiness, random))
 
 
-def count_prompts(options: argparse.Namespace, lines: Sequence[dict[str, Any]] | None) -> int:
+def count_prompts(options: argparse.Namespace, lines: Sequence[PromptLine] | None) -> int:
     """How many requests a run has."""
     if lines is None:
         return options.num_prompts or DEFAULT_NUM_PROMPTS
@@ -68,17 +67,14 @@ def count_prompts(options: argparse.Namespace, lines: Sequence[dict[str, Any]] |
     return options.num_prompts or len(lines)
 
 
-def read_prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The checked lines of ``--prompts``."""
-    try:
-        with options.prompts.open(encoding="utf-8-sig") as file:
-            return parse_lines(file)
-    except ValueError as error:
-        raise ValueError(f"{options.prompts}: {error}") from error
+def read_prompts(options: argparse.Namespace) -> list[PromptLine]:
+    """The lines of ``--prompts``; errors name the file and the line."""
+    with options.prompts.open(encoding="utf-8-sig") as file:
+        return parse_lines(file, str(options.prompts))
 
 
-def prompt_of(line: dict[str, Any]) -> Prompt:
+def prompt_of(line: PromptLine) -> Prompt:
     """A line of ``--prompts`` as the client takes it."""
-    if "messages" in line:
-        return [Message(message["role"], message["content"]) for message in line["messages"]]
-    return line["prompt"] if "prompt" in line else line["token_ids"]
+    if line.kind == "messages":
+        return [Message(message["role"], message["content"]) for message in line.content]
+    return line.content

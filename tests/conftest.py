@@ -1,5 +1,6 @@
 """Settings that every test shares. What is set here must be set before JAX is imported."""
 
+import gc
 import multiprocessing
 import os
 import warnings
@@ -39,6 +40,18 @@ def pytest_report_header() -> str:
         return f"model: {name} from the cache"
     size = CATALOG[name].num_bytes / 2**20
     return f"model: {name} is not cached; tests marked 'model' fetch it once ({size:.0f} MiB)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped() -> Iterator[None]:
+    """Drops a module's compiled programs behind it.
+
+    Each takes some 30 mappings of memory, of which Linux grants a process 65,530: past that, XLA
+    ends in a segmentation fault. All the suite's programs together are more.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 # ``many_devices(function, *args)``: the function's result, its name importable, all picklable.

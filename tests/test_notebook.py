@@ -4,6 +4,8 @@ import builtins
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +97,10 @@ def test_elsewhere_the_repository_is_cloned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError, match=r"no checkout around .*: set REPOSITORY above"):
-        run_cells("settings", "checkout")
+    # The first cell says so, not a later one: there is nothing to run before it.
+    assert next(cell.id for cell in read().cells if cell.cell_type == "code") == "settings"
+    with pytest.raises(RuntimeError, match=r"^there is no checkout around .*: set REPOSITORY in"):
+        run_cells("settings")
     find = run_cells_with_checkout(tmp_path, monkeypatch)
     assert find(str(tmp_path / "origin")) == tmp_path / "work/jaxinfer"
     assert find("") == tmp_path / "work/jaxinfer"  # the next run finds the clone
@@ -112,6 +116,30 @@ def test_what_cannot_be_cloned_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     git(tmp_path / "origin", "commit", "-q", "-m", "empty", "--allow-empty")
     with pytest.raises(RuntimeError, match=r"'.*/origin' is not a repository of jaxinfer"):
         find(str(tmp_path / "origin"))
+
+
+@pytest.mark.parametrize("absent", [None, "jaxinfer", "matplotlib"])
+def test_what_is_missing_is_installed(absent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program alone does not tell that the plot can be drawn."""
+    monkeypatch.chdir(ROOT)
+    namespace = run_cells("settings", "python-version", "checkout")
+    installed, commands = metadata.distributions, []
+
+    def distributions(name: str) -> Iterable[metadata.Distribution]:
+        return [] if name == absent else installed(name=name)
+
+    def install(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(metadata, "distributions", distributions)
+    monkeypatch.setattr(subprocess, "run", install)
+    monkeypatch.setattr("glob.glob", lambda _: [])  # no TPU, wherever this runs
+    monkeypatch.setattr(Path, "exists", lambda _: True)  # the program is there
+    exec(compile(source("install"), "install", "exec"), namespace)
+    wanted = [[*(sys.executable, "-m", "pip", "install", "-c"), ROOT / "constraints.txt"]]
+    assert [command[:-1] for command in commands] == (wanted if absent else [])
+    assert all(command[-1] == f"{ROOT}[plot]" for command in commands)
 
 
 def run_cells_with_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

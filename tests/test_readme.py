@@ -30,7 +30,12 @@ ELSEWHERE = {
     r"make (setup|test)": (".ci/run", "phase make \\1"),
     r"make (lint)": (".ci/run", "phase .venv/bin/ruff check"),
     r"make \w+ EXTRAS=gpu\b.*": ("tests/gpu/test_serve.py", '"scripts/serve.py"), "--gpu"'),
+    r"make (test-aot|setup EXTRAS=aot)": (".ci/run", "phase make test-aot"),
     # Minutes, for what they compile.
+    r"python scripts/serve\.py .*--compile-only": (
+        "tests/aot/test_compile_only.py",
+        '"--compile-only"',
+    ),
     r"make (?:peers|bench-peers)\b.*": (
         "tests/scripts/test_bench_peers.py",
         "def test_make_",
@@ -44,7 +49,7 @@ ELSEWHERE = {
     r"(?:uv )?pip install .*": ("tests/test_wheel.py", "def test_the_installed_server"),
 }
 # No machine that the project has can run these: the paragraph has to say so.
-NOWHERE = r"make \w+ EXTRAS=tpu\b.*"
+NOWHERE = r"make \w+ EXTRAS=tpu\b.*|python scripts/tune.py .*"
 ADMISSION = re.compile(r"\bnot (yet )?(been )?run\b|\bnever (been )?run\b")
 
 INLINE = re.compile(

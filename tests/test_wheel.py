@@ -84,7 +84,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(command: list[str], folder: Path, cache: Path | None = None) -> subprocess.Popen[str]:
+def start(command: list[str], folder: Path, path: str = "/usr/bin:/bin") -> subprocess.Popen[str]:
     """A program in ``folder`` that knows neither this process's paths nor its environment."""
     return subprocess.Popen(
         command,
@@ -93,7 +93,7 @@ def start(command: list[str], folder: Path, cache: Path | None = None) -> subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(cache or folder), "COLUMNS": "100"},
+        env={"PATH": path, "XDG_CACHE_HOME": str(folder), "COLUMNS": "100"},
     )
 
 
@@ -123,6 +123,8 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(wheel: Path) -> Non
     assert names - metadata == wanted
     assert any(name.endswith("entry_points.txt") for name in metadata)
     assert any(name.endswith("LICENSE") for name in metadata)
+    # Type checkers read a package's annotations only where it says that it has some (PEP 561).
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
 
 
 def test_every_entry_point_is_its_script(installed: Path, elsewhere: Path) -> None:
@@ -186,10 +188,10 @@ def test_generate_and_bench_run_elsewhere(installed: Path, elsewhere: Path) -> N
 
 
 def test_without_uv_and_pip_the_missing_tool_is_named(installed: Path, tmp_path: Path) -> None:
-    if shutil.which("uv", path="/usr/bin:/bin"):
-        pytest.skip("uv is in /usr/bin")
+    nothing = tmp_path / "nothing"  # a PATH without programs: uv may lie in /usr/bin
+    nothing.mkdir()
     command = [str(installed / "bin/jaxinfer-generate"), "--cpu", "--quiet", "abc"]
-    status, out, err = finish(start(command, tmp_path))
+    status, out, err = finish(start(command, tmp_path, path=str(nothing)))
     assert (status, out) == (1, "")
     named = r"error: cannot fetch \S+ \(\S+\): neither uv nor pip is installed for \S+\. .*GGUF.*\n"
     assert re.fullmatch(named, err)

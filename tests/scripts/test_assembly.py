@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxinfer.config import DtypePolicy
+from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.sharding import make_mesh
-from scripts import assembly
+from scripts import engine_sizes
 from scripts.assembly import parse_bytes
 from tests.jaxinfer.tiny import tiny_model
 from tests.scripts.conftest import Run
@@ -62,7 +62,7 @@ def test_sizes_of_the_engine(run: Run, arguments: list[str], message: str) -> No
 
 def test_models_that_are_not_there(run: Run, tmp_path: Path) -> None:
     unknown = run("generate", "--quiet", "abc", model="smollm3").error
-    assert "'smollm3' is neither a file nor a known name" in unknown
+    assert "'smollm3' is neither a file or folder nor a known name" in unknown
     assert "smollm2-135m-instruct" in unknown
     for content in (b"", b"GGUF", b"PK\x03\x04 something else"):
         path = tmp_path / "broken.gguf"
@@ -85,7 +85,7 @@ def test_a_missing_accelerator_is_one_line(platform: list[str], tmp_path: Path) 
 
 def test_more_kv_memory_than_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before anything is loaded; replicas on a CPU share its memory."""
-    monkeypatch.setattr("scripts.assembly.free_bytes", lambda device: 3 << 20)
+    monkeypatch.setattr("scripts.engine_sizes.free_bytes", lambda device: 3 << 20)
     error = run("generate", "a", "--kv-memory", "4MiB", "--quiet").error
     assert "--kv-memory asks for 4 MiB, of which 3 MiB are free" in error
 
@@ -93,7 +93,18 @@ def test_more_kv_memory_than_there_is(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_replicas_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
     dtypes = DtypePolicy.for_platform("cpu")
-    monkeypatch.setattr(assembly, "free_bytes", lambda device: 100 << 20)
-    alone = assembly.default_kv_bytes(model, dtypes, mesh, 1)
-    four = assembly.default_kv_bytes(model, dtypes, mesh, 4)
+    monkeypatch.setattr(engine_sizes, "free_bytes", lambda device: 100 << 20)
+    alone = engine_sizes.default_kv_bytes(model, EngineConfig(), dtypes, mesh, 1)
+    four = engine_sizes.default_kv_bytes(model, EngineConfig(), dtypes, mesh, 4)
     assert 4 * four <= alone <= 50 << 20
+
+
+def test_weights_laid_out_as_on_a_tpu_are_the_same_model(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("generate", "--quiet", "--json", "--max-tokens", "8", "--ignore-eos", "abc")
+    expected = run(*flags)
+    monkeypatch.setattr("jaxinfer.sharding.TILED_PLATFORMS", ("cpu",))
+    found = run(*flags)
+    assert (found.error, expected.error) == ("", "")
+    assert found.lines[0]["text"] == expected.lines[0]["text"]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from scripts import bench
 from scripts.arrivals import arrival_times, random_lengths
 from scripts.serve_metrics import RequestRecord, first_errors, summarize, tokens_per_second
+from scripts.serve_plots import whole_seconds
 from tests.serving.fakes import FakeEngine
 from tests.serving.running import run, running_server, until
 
@@ -21,16 +23,26 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def serve_figures(capsys: pytest.CaptureFixture[str], engine: FakeEngine, *flags: str) -> Any:
-    """The figures of ``bench.py serve --json`` against a server around ``engine``."""
+    """The figures of ``bench.py serve --json`` against a server around ``engine``; none failed."""
+    figures, error = serve_result(capsys, engine, *flags)
+    if error:
+        raise SystemExit(error)
+    return figures
+
+
+def serve_result(
+    capsys: pytest.CaptureFixture[str], engine: FakeEngine, *flags: str
+) -> tuple[Any, str]:
+    """The figures, None where it printed none, and what it died of."""
 
     async def test() -> str:
         async with running_server(engine) as (target, _):
             flags_of_all = ["--address", target, "--json", "--quiet"]
             return await asyncio.to_thread(error_of, *flags_of_all, *flags)
 
-    if error := run(test()):
-        raise SystemExit(error)
-    return json.loads(capsys.readouterr().out)
+    error = run(test())
+    printed = capsys.readouterr().out
+    return json.loads(printed) if printed else None, error
 
 
 def bench_serve(*flags: str) -> None:
@@ -126,6 +138,15 @@ def test_figures_by_hand() -> None:
     assert tokens_per_second(records[:2]).tolist() == [5.0, 1.0]
 
 
+def test_the_plot_leaves_out_the_last_part_of_a_second() -> None:
+    assert whole_seconds(np.array([5, 7, 1]), 2.4).tolist() == [5, 7]
+    assert whole_seconds(np.array([5, 7]), 2.0).tolist() == [5, 7]
+    assert whole_seconds(np.array([5]), 0.25).tolist() == [20]
+    # Seconds in which nothing came are seconds of the run.
+    assert whole_seconds(np.array([5, 7]), 4.9).tolist() == [5, 7, 0, 0]
+    assert whole_seconds(np.zeros(0), 1.5).tolist() == [0]
+
+
 def test_latency_counts_from_the_start_and_not_from_sending() -> None:
     late = RequestRecord(arrival=1.0, start=1.0, sent=1.25, end=2.0, events=[(1.5, 1), (2.0, 1)])
     figures = summarize([late], 2.0)
@@ -181,6 +202,38 @@ def test_a_slow_server_does_not_slow_the_arrivals(capsys: pytest.CaptureFixture[
     assert figures["duration"] > 12 * 0.04
 
 
+def test_interrupted_it_keeps_what_was_answered(tmp_path: Path) -> None:
+    """Ctrl-C after the first answers: they are counted and written, and the status tells."""
+    output = tmp_path / "figures.json"
+    flags = ["--num-prompts", "50", "--request-rate", "10", "--random-output-len", "2"]
+
+    async def test() -> tuple[int, str]:
+        engine = FakeEngine(step_seconds=0.01)
+        async with running_server(engine) as (target, _):
+            command = [sys.executable, "scripts/bench.py", "serve", "--address", target, "--quiet"]
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                *flags,
+                *("--output", str(output)),
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            await until(lambda: len(engine.requests) > 3)
+            process.send_signal(signal.SIGINT)
+            _, errors = await process.communicate()
+            assert process.returncode is not None
+            return process.returncode, errors.decode()
+
+    status, errors = run(test())
+    figures = json.loads(output.read_text())
+    assert status == 130
+    assert figures["interrupted"]
+    assert 1 <= figures["completed"] < 50
+    assert errors == f"interrupted after {figures['completed']} of 50 requests\n"
+    assert figures["total_output_tokens"] == 2 * figures["completed"]
+
+
 def test_max_concurrency_holds_requests_back(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine(step_seconds=0.01)
     flags = ["--num-prompts", "8", "--max-concurrency", "2", "--random-output-len", "5"]
@@ -227,10 +280,18 @@ def test_prompts_of_a_file_and_those_that_fail(
         {"token_ids": [-1]},  # no message can hold it
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "figures.json"
     flags = ["--prompts", str(path), "--random-output-len", "3"]
-    figures = serve_figures(capsys, FakeEngine(), *flags)
+    figures, error = serve_result(capsys, FakeEngine(), *flags, "--output", str(output))
     assert (figures["num_prompts"], figures["completed"], figures["failed"]) == (5, 3, 2)
+    assert json.loads(output.read_text()) == figures
     assert len(figures["errors"]) == 2
+    # The exit status is 1: a script that measures must not miss it.
+    assert error.startswith("error: 2 of 5 requests failed, the first of them: 1 x ")
+    assert error.removeprefix("error: 2 of 5 requests failed, the first of them: ") in str(figures)
+    several = ["--request-rate", "200", "inf"]
+    _, error = serve_result(capsys, FakeEngine(), *flags, *several)
+    assert error.startswith("error: 4 of 10 requests failed, the first of them: 1 x ")
     assert any("starts with 255" in error for error in figures["errors"])
     with pytest.raises(SystemExit, match=r"--num-prompts 6 is more than the 5 lines of"):
         serve_figures(capsys, FakeEngine(), *flags, "--num-prompts", "6")
@@ -282,6 +343,10 @@ def test_no_server_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--address", "http://a:1"],
+            "must be HOST:PORT with a port between 1 and 65535, got 'http",
+        ),
         (["--num-prompts", "0"], "--num-prompts must be between 1 and 100000, got 0"),
         (["--request-rate", "0"], r"--request-rate must be between 0.001 and 1000000, or inf"),
         (["--request-rate", "nan"], r"or inf, got [nan]"),

@@ -101,6 +101,7 @@ def test_flags_become_the_request(chat_with: Chat) -> None:
         (["--address", "nowhere"], "must be HOST:PORT with a port between 1 and 65535, got 'now"),
         (["--address", "a:65536"], "between 1 and 65535, got 'a:65536'"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        (["--min-tokens", "9", "--max-tokens", "3"], "--min-tokens 9 is more than --max-tokens 3"),
         (["--temperature", "-1"], "temperature must be"),
         (["--stop", ""], "stop[0]"),
         (["--stop-token-id", "-1"], "stop_token_ids: Value out of range: -1"),
@@ -170,7 +171,15 @@ def test_hostile_lines(chat_with: Chat, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(request.prompt_token_ids) == prompt_of(("user", "c" * 10))
     errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert errors[:2] == ["error: a message has at most 10 characters"] * 2
-    assert errors[2].startswith("error: message 2 of the prompt is not valid Unicode")
+    assert errors[2:] == ["error: this line is not UTF-8, and was not sent"]
+
+
+def test_more_tokens_than_there_is_room_for(chat_with: Chat) -> None:
+    engine = FakeEngine()
+    with server_in_thread(engine) as address:
+        result = chat_with(address, "hello\n", "--max-tokens", "999999")
+    assert result.error.startswith("error: --max-tokens 999999 leaves no room for a message")
+    assert not engine.requests
 
 
 def test_a_model_does_not_steer_the_terminal() -> None:

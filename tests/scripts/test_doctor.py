@@ -18,7 +18,16 @@ from checkpoints.catalog import resolve
 from checkpoints.load import open_checkpoint
 from jaxinfer.config import DtypePolicy
 from jaxinfer.sharding import make_mesh
-from scripts import assembly, doctor, doctor_devices, doctor_machine, doctor_problems, platforms
+from scripts import (
+    assembly,
+    doctor,
+    doctor_devices,
+    doctor_machine,
+    doctor_problems,
+    engine_sizes,
+    memory_plan,
+    platforms,
+)
 from scripts.doctor_problems import find_problems
 from tests.scripts.doctor_report import CPU, FIT, HEALTHY
 from tests.serving.fakes import FakeEngine
@@ -192,7 +201,7 @@ def test_no_such_platform(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 def test_shapes_have_the_published_number_of_parameters(name: str, count: int) -> None:
     mesh = make_mesh(jax.devices()[:1])
     dtypes = DtypePolicy.for_platform("cpu", "float32")
-    assert assembly.parameter_bytes(doctor_devices.SHAPES[name], dtypes, mesh) == 4 * count
+    assert memory_plan.parameter_bytes(doctor_devices.SHAPES[name], dtypes, mesh) == 4 * count
 
 
 @pytest.mark.model
@@ -211,7 +220,7 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     options = parser.parse_args([])
     model, devices = doctor_devices.SHAPES[assembly.DEFAULT_MODEL], jax.devices()[:1]
     parameters = 4 * 134_515_008
-    for module in (assembly, doctor_devices):
+    for module in (engine_sizes, doctor_devices):
         monkeypatch.setattr(module, "free_bytes", lambda _: parameters + (3 << 30))
     found = doctor_devices.fit(model, "float32", devices, options)
     assert found == {
@@ -221,10 +230,10 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         "most_kv_tokens": (3 << 30) // 46080,
         "refusal": None,
     }
-    for module in (assembly, doctor_devices):
+    for module in (engine_sizes, doctor_devices):
         monkeypatch.setattr(module, "free_bytes", lambda _: parameters + 46080 * 5 + 1)
     assert doctor_devices.fit(model, "float32", devices, options)["most_kv_tokens"] == 5
-    for module in (assembly, doctor_devices):
+    for module in (engine_sizes, doctor_devices):
         monkeypatch.setattr(module, "free_bytes", lambda _: 1 << 20)
     found = doctor_devices.fit(model, "float32", devices, options)
     assert (found["kv_tokens"], found["most_kv_tokens"]) == (None, 0)

@@ -41,7 +41,7 @@ def test_one_device(run: Run) -> None:
 def test_eight_devices(many_devices: ManyDevices, model_path: Path) -> None:
     """2 kv heads of 2 query heads each, a vocabulary of 12: repeated and padded."""
     table = many_devices(explain, str(model_path), "--tensor-parallel", "8")
-    assert cells(table, "layers.0-1.qkv x2") == [
+    assert cells(table, "layers.0-1.attention.qkv x2") == [
         "64x2x4x16",
         "64x8x3x16",
         "(embed,kv_heads,-,-)",

@@ -66,6 +66,16 @@ def test_a_prompt_alone_equals_the_same_in_a_batch(run: Run) -> None:
     assert len({tuple(tokens) for tokens in alone}) == 3
 
 
+def test_another_attention_gives_the_same_tokens(run: Run) -> None:
+    flags = ["--json", "--max-tokens", "12", "--ignore-eos", "--seed", "4", "--temperature", "1"]
+    plain = run("generate", *flags, "abc").lines[0]
+    for name in ("xla", "reference"):
+        other = run("generate", *flags, "--attention", name, "abc").lines[0]
+        assert other["token_ids"] == plain["token_ids"]
+    error = run("generate", *flags, "--attention", "tpu", "abc").error
+    assert error == "error: --attention tpu runs on TPU only, this is cpu"
+
+
 def test_random_seeds_are_told_and_repeat_a_run(run: Run) -> None:
     flags = ["--json", "--max-tokens", "16", "--temperature", "3", "--ignore-eos", "abc"]
     first, second = (run("generate", *flags).lines[0] for _ in range(2))
@@ -106,19 +116,30 @@ def test_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"token_ids": "12"}, "line 2: token_ids must be a list"),
         ({"messages": [{"role": "user"}]}, "line 2: messages must be objects with role and"),
         ({"messages": []}, "line 2: number of messages must be in [1, 1024], got 0"),
-        ({"token_ids": [1, 12]}, "input 2: prompt token ids must be in [0, 11], got 12"),
+        ({"token_ids": [1, 12]}, "line 2: prompt token ids must be in [0, 11], got 12"),
         ({"token_ids": []}, "line 2: token_ids is empty; at least 1 is needed"),
-        ({"token_ids": [1] * 128}, "input 2: prompt (128 tokens) plus max_tokens (1) is 129"),
+        ({"token_ids": [1] * 128}, "line 2: prompt (128 tokens) plus max_tokens (1) is 129"),
         ({"messages": [{"role": "king", "content": "a"}]}, "king"),
+        ('{"prompt": "a\\ud83d"}', "line 2: prompt has half a character, the surrogate '\\ud83d'"),
     ],
 )
 def test_bad_lines_are_named(run: Run, tmp_path: Path, line: object, message: str) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", {"prompt": "abc"}, line)
     result = run("generate", "--input", inputs, "--json", "--quiet")
     assert message in result.error
-    assert result.error.startswith("error: ")
+    assert result.error.startswith(f"error: {inputs}, line 2")
     assert "\n" not in result.error
     assert result.stdout == ""
+
+
+def test_a_file_that_is_no_text_is_named(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    assert run("generate", "--input", str(path)).error.startswith(f"error: {path} is not UTF-8")
+    path.write_bytes(b"\n\n")
+    assert run("generate", "--input", str(path)).error == (
+        f"error: {path} has no prompts: all lines are empty"
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(run: Run, tmp_path: Path) -> None:
@@ -161,10 +182,10 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
         (["--frequency-penalty", "nan"], "frequency_penalty must be in [-2.0, 2.0], got nan"),
         (["--logit-bias", "1=101"], "logit_bias of token 1 must be in [-100.0, 100.0], got 101.0"),
         (["--logit-bias", "1=1", "--logit-bias", "1=2"], "logit_bias names a token id twice"),
-        (["--logit-bias", "12=1"], "input 1: token ids of logit_bias must be in [0, 11], got 12"),
+        (["--logit-bias", "12=1"], "prompt 1: token ids of logit_bias must be in [0, 11], got 12"),
         (["--stop", ""], "characters of stop[0] must be in [1, 256], got 0"),
         (["--stop", "s"] * 17, "number of stop must be in [0, 16], got 17"),
-        (["--stop-token-id", "12"], "input 1: stop_token_ids must be in [0, 11], got 12"),
+        (["--stop-token-id", "12"], "prompt 1: stop_token_ids must be in [0, 11], got 12"),
         (["--n", "0"], "n must be in [1, 16], got 0"),
         (["--n", "17"], "n must be in [1, 16], got 17"),
         (["--min-tokens", "-1"], "min_tokens must be in"),
@@ -186,7 +207,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def load(_options: object, _phases: object, pick_shapes: PickShapes) -> SimpleNamespace:
         config = served.engine_config
         planned = SimpleNamespace(config=config, model=served.model, shapes=batch_shapes(config))
-        pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer))
+        pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer), SamplingParams())
         return SimpleNamespace(
             engine=engine,
             model=served.model,

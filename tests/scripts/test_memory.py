@@ -1,6 +1,8 @@
-"""scripts/memory.py and scripts/cgroup_memory.py: what is free."""
+"""scripts/memory.py and scripts/cgroup_memory.py: what is free, and what replicas take."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -49,3 +51,34 @@ def test_a_container_leaves_less_than_the_system(monkeypatch: pytest.MonkeyPatch
     assert free is None or free > 1 << 20
     monkeypatch.setattr(memory, "cgroup_memory", lambda: (1 << 60, 1 << 60))
     assert memory.free_bytes(device) is not None
+
+
+def engine_of(kv_mib: int) -> Any:
+    sizes = {"parameters": 3 << 20, "kv cache": kv_mib << 20, "slots": 0, "temporaries": 1 << 20}
+    return SimpleNamespace(
+        config=SimpleNamespace(num_pages=8, page_size=16, max_model_len=64, max_num_seqs=2),
+        dtypes=SimpleNamespace(weights="float32", kv_cache="float32"),
+        memory_by_program={1: 0},
+        memory_bytes=sizes,
+    )
+
+
+def rows_of(table: str) -> dict[str, str]:
+    return {line[:12].strip(): line[12:].strip() for line in table.splitlines()}
+
+
+def test_the_table_shows_one_replica_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"a": 90 << 20, "b": 70 << 20, "c": None, "d": 80 << 20}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.name])
+    devices = [SimpleNamespace(name=name, platform="gpu") for name in free]
+    alone = rows_of(memory.memory_table([engine_of(6)], devices[:1]))
+    assert (alone["total"], alone["free now"]) == ("10.0", "90.0  of the device")
+    assert "all devices" not in alone
+    # Two replicas of two devices each; the second has more pages for once.
+    both = rows_of(memory.memory_table([engine_of(6), engine_of(8)], devices))
+    assert both["kv cache"].startswith("8.0  float32, 8 pages")
+    assert both["total"] == "12.0"
+    assert both["all devices"] == "44.0  4, 2 replicas"
+    assert both["free now"] == "70.0  of the device that has the least"
+    # One replica over two devices.
+    assert rows_of(memory.memory_table([engine_of(6)], devices[:2]))["all devices"] == "20.0  2"

@@ -43,6 +43,14 @@ def test_replicas_give_the_same_answers(
         # What goes where, before the first request.
         for name in ("parameters", "kv cache", "slots", "temporaries", "total", "replica 2"):
             assert f"\n{name}" in errors
+        total, everything = (
+            re.search(rf"\nmemory .*\n{name} +([\d.]+)", errors, re.DOTALL)
+            for name in ("total", "all devices")
+        )
+        assert total
+        assert everything
+        assert float(everything[1]) == pytest.approx(2 * float(total[1]), abs=0.2)
+        assert "  2, 2 replicas\n" in errors
     finally:
         process.kill()
         process.communicate()

@@ -53,7 +53,7 @@ def main() -> None:
         changed = stale(output, generate(output))
         if check and changed:
             names = ", ".join(map(str, changed))
-            raise SystemExit(f"{names}: not what the .proto says; run scripts/build_proto.py")
+            raise SystemExit(f"{names}: not what the .proto says; run tools/build_proto.py")
         for path in changed:
             (ROOT / path).write_bytes((output / path).read_bytes())
             print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""Converts a model once: ``python scripts/convert.py MODEL OUT``; then ``--model OUT``.
+
+OUT loads without unpacking or rearranging anything, each device reading its part.
+"""
+
+import time
+
+STARTED = time.perf_counter()
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.entry import run_main  # before all others: see there
+
+# isort: split
+
+import argparse
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # everything happens on the host
+
+import numpy as np
+
+from checkpoints.catalog import resolve
+from checkpoints.convert import convert, provenance
+from checkpoints.load import open_checkpoint
+from checkpoints.orbax import OrbaxCheckpoint
+from scripts.phases import Phases
+
+
+def main() -> None:
+    """Entry point ``jaxinfer-convert``."""
+    run_main(convert_model)
+
+
+def convert_model() -> None:
+    """Fetches, opens, makes all parameters and writes them."""
+    options = parse_arguments()
+    phases = Phases(STARTED, quiet=options.quiet)
+    phases.add("import", time.perf_counter() - STARTED)
+    folder = Path(options.out)
+    if folder.exists():
+        raise ValueError(f"{folder} exists: give another folder, or remove it")
+    with phases.phase("download", unit="B") as progress:
+        path = resolve(options.model, progress)
+    with phases.phase("open"):
+        checkpoint = open_checkpoint(path)
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        raise ValueError(f"{path} has been converted already")
+    dtype = np.dtype(options.dtype)
+    with phases.phase("hash", unit="B") as progress:
+        origin = provenance(options.model, path, dtype, progress)
+    with phases.phase("convert", unit="tensors") as progress:
+        convert(checkpoint, folder, dtype, origin, progress)
+    phases.print_table()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 2**20:.0f} MiB in {dtype.name}; use it with --model {folder}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Convert a model for fast loading.")
+    parser.add_argument("model", help="what --model takes: a GGUF file, a folder, a known name")
+    parser.add_argument("out", help="the folder to be made")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the parameters; float32 loses nothing of any format (default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What each chip will hold, by arithmetic: before anything is loaded, compiled or allocated."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer import models
+from jaxinfer.batch import BatchShape, batch_shapes, packed_size
+from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.sharding import abstract_parameters, num_tensor_devices, physical_model
+from jaxinfer.step import abstract_state
+from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages
+
+MIB = 1 << 20
+# Code of a program, from above, as the compiler of libtpu 0.0.48 made it for 2 to 32 layers.
+DECODES_CODE = 8 * MIB
+TILES_CODE = 16 * MIB
+# Equal layers share their code, but not where chips belong to several hosts: of each layer, then.
+DECODES_LAYER_CODE = int(0.8 * MIB)
+TILES_LAYER_CODE = int(3.7 * MIB)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each chip.
+
+    ``slots``: what a step knows of its sequences besides their pages, and its rows.
+    ``temporaries`` of the largest program, ``code`` of all of them. ``page_copies`` is 0 where
+    pages are written in place.
+    """
+
+    weights: int
+    kv_pages: int
+    slots: int
+    temporaries: int
+    code: int
+    page_copies: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything."""
+        return sum(dataclasses.astuple(self))
+
+
+def plan_memory(
+    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
+) -> MemoryPlan:
+    """Weights, pages and slots to the byte, the rest as estimates.
+
+    On TPU plain XLA attention copies all pages in every call, once as they are and once as its
+    products want them; the kernel writes them in place.
+    """
+    state = abstract_state(model, config, dtypes, mesh)
+    rest = dataclasses.replace(state, kv_pages=())
+    shapes = batch_shapes(config)
+    kv_pages = _device_bytes(state.kv_pages)
+    in_place = isinstance(state.kv_pages[0], PackedKVPages)
+    return MemoryPlan(
+        weights=parameter_bytes(model, dtypes, mesh),
+        kv_pages=kv_pages,
+        slots=_device_bytes(rest) + 4 * packed_size(shapes[-1], config),
+        temporaries=_temporary_bytes(model, shapes[-1], config, dtypes, num_tensor_devices(mesh)),
+        code=sum(_code_bytes(model, shape, mesh) for shape in shapes),
+        page_copies=0 if in_place else 2 * kv_pages,
+    )
+
+
+def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
+    """Bytes of a model's parameters on each device, from its declarations."""
+    _, state = models.abstract(model, dtypes, mesh)
+    return _device_bytes(abstract_parameters(state, mesh))
+
+
+def _temporary_bytes(
+    model: ModelConfig, shape: BatchShape, config: EngineConfig, dtypes: DtypePolicy, devices: int
+) -> int:
+    """Of the largest step: what lies between two products of the MLP, logits in three versions.
+
+    A head that is the embedding too, or is divided, lies otherwise than one of its uses wants it.
+    """
+    physical = physical_model(model, devices)
+    rows = shape.num_decodes + shape.num_tiles * config.chunk_tile
+    hidden = rows * (2 * physical.intermediate_size // devices + physical.hidden_size) * 4
+    logits = (shape.num_logits_rows + config.chunk_tile) * physical.vocab_size * 4
+    head = (
+        physical.hidden_size * physical.vocab_size // devices * jnp.dtype(dtypes.weights).itemsize
+    )
+    return hidden + 3 * logits + (head if model.tie_word_embeddings or devices > 1 else 0)
+
+
+def _code_bytes(model: ModelConfig, shape: BatchShape, mesh: Mesh) -> int:
+    """Of a program: tiles of prompts bring more of everything."""
+    once, layer = DECODES_CODE, DECODES_LAYER_CODE
+    if shape.num_tiles:
+        once, layer = TILES_CODE, TILES_LAYER_CODE
+    hosts = {device.process_index for device in mesh.devices.flat}
+    return once + (layer * model.num_hidden_layers if len(hosts) > 1 else 0)
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

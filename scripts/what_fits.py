@@ -1,0 +1,85 @@
+"""Where a model that does not fit would, by arithmetic."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from jaxinfer import models
+from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.sharding import can_divide_heads, make_mesh
+from scripts.engine_sizes import TPU_KV_FRACTION, DoesNotFitError
+from scripts.memory_plan import MIB, MemoryPlan, plan_memory
+from scripts.tpu_targets import GENERATIONS, TpuGeneration, TpuTarget
+from scripts.tpu_topology import topology_devices
+
+# Tokens: with less no model is of use.
+SHORTEST = 1024
+
+
+def refusal(name: str, target: TpuTarget, error: DoesNotFitError) -> str:
+    """Why the model called ``name`` does not fit ``target``, and what would, in one line."""
+    model, config, dtypes, mesh = error.model, error.config, error.dtypes, error.mesh
+    plan = smallest_plan(model, config, dtypes, mesh)
+    generation = target.generation
+    left = generation.hbm_bytes - plan.total + plan.kv_pages + plan.page_copies
+    missing = "nothing" if left <= 0 else f"{left / MIB:.0f} MiB"
+    needed = plan.kv_pages + plan.page_copies
+    reason = (
+        f"{name} in {dtypes.weights} does not fit {target.name}: {plan.weights / MIB:.0f} MiB of "
+        f"weights, {plan.temporaries / MIB:.0f} of temporaries and {plan.code / MIB:.0f} of code "
+        f"on each chip leave {missing} of {generation.hbm_bytes / MIB:.0f} MiB; the KV cache of "
+        f"one sequence of {config.max_model_len} tokens takes {needed / MIB:.0f} MiB"
+    )
+    others = [other for other in GENERATIONS.values() if other is not generation]
+    found = [
+        _with_hosts(fitting)
+        for candidate in (generation, *others)
+        if (fitting := smallest_slice(model, config, dtypes, candidate))
+    ]
+    page = needed / config.max_pages_per_sequence
+    shorter = int(max(0, left) * TPU_KV_FRACTION / page) * config.page_size
+    if shorter >= SHORTEST:
+        found.append(f"{target.name} with --max-model-len {shorter}")
+    quantized = dataclasses.replace(plan, weights=int8_weight_bytes(model, dtypes, plan))
+    if quantized.total <= generation.hbm_bytes:
+        found.append(f"{target.name} with int8 weights, which are not built yet")
+    return f"{reason}. It would fit {', or '.join(found) or 'no TPU that is known here'}"
+
+
+def smallest_plan(
+    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
+) -> MemoryPlan:
+    """The plan with pages for one sequence of ``max_model_len``: what fits holds at least this."""
+    smallest = dataclasses.replace(config, num_pages=config.max_pages_per_sequence)
+    return plan_memory(model, smallest, dtypes, mesh)
+
+
+def smallest_slice(
+    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, generation: TpuGeneration
+) -> TpuTarget | None:
+    """The fewest chips that the model can be divided over and fits, None without any."""
+    for num_chips in generation.slices:
+        if can_divide_heads(model, num_chips):
+            target = TpuTarget(generation, num_chips)
+            plan = smallest_plan(model, config, dtypes, make_mesh(topology_devices(target)))
+            if plan.total <= generation.hbm_bytes:
+                return target
+    return None
+
+
+def int8_weight_bytes(model: ModelConfig, dtypes: DtypePolicy, plan: MemoryPlan) -> int:
+    """A chip's weights if matrices had one byte a number; their scales are not counted."""
+    _, state = models.abstract(model, dtypes)
+    leaves = jax.tree.leaves(state)
+    matrices = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim > 1)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    numbers = sum(leaf.size for leaf in leaves if leaf.ndim > 1)
+    return int(plan.weights * (whole - matrices + numbers) / whole)
+
+
+def _with_hosts(target: TpuTarget) -> str:
+    """A slice's name, and that it is more than one host can serve."""
+    num_chips, one_host = target.num_chips or 1, target.generation.chips_per_host
+    several = " (several hosts, for which serving is not built yet)" if num_chips > one_host else ""
+    return target.name + several

@@ -1,0 +1,88 @@
+"""Hugging Face folders as --model: from files to the tokens that transformers chose."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints.family_folder import write_folder, write_tokenizer
+from tests.data.random_family import draw_prompt
+from tests.jaxinfer.models.random_checkpoint import CASES
+from tests.scripts.conftest import Result, Run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "a.model-1.5"
+    write_folder(folder, "gemma3", num_files=3)
+    write_tokenizer(folder, CASES["gemma3"]["config"]["vocab_size"])
+    return folder
+
+
+def test_the_tokens_of_transformers(run: Run, folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"token_ids": draw_prompt("gemma3")}))
+    arguments = ["--input", str(prompts), "--json", "--max-tokens", "32", "--ignore-eos"]
+    result = run("generate", *arguments, model=str(folder))
+    assert not result.error, result.error
+    (line,) = result.lines
+    assert line["token_ids"] == CASES["gemma3"]["greedy_ids"][:32]
+
+
+def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
+    fields = {"do_sample": True, "temperature": 2.0, "top_k": 50, "eos_token_id": 95}
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    arguments = ["--json", "--max-tokens", "8", "--seed", "1", "ab c"]
+    result = run("generate", *arguments, model=str(folder))
+    assert "where no flag says else: temperature 2, top_k 50" in result.stderr
+    said = run("generate", *arguments, "--temperature", "2", "--top-k", "50", model=str(folder))
+    plain = run("generate", *arguments, "--no-generation-config", model=str(folder))
+    greedy = run("generate", *arguments, "--temperature", "0", model=str(folder))
+
+    def tokens(result: Result) -> list[int]:
+        return result.lines[0]["token_ids"]
+
+    assert tokens(result) == tokens(said) != tokens(greedy) == tokens(plain)
+    assert "generation_config" not in plain.stderr
+
+
+def test_what_is_wrong_is_said_in_one_line(run: Run, folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    error = run("generate", "x", model=str(folder)).error
+    assert error == f"error: {folder / 'tokenizer.json'}: no such file"
+    (folder / "config.json").unlink()
+    error = run("generate", "x", model=str(folder)).error
+    assert error.startswith(f"error: {folder}: neither config.json (a Hugging Face folder) nor")
+
+
+def test_a_converted_folder_gives_the_same_tokens(
+    run: Run,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def convert(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["convert", *arguments])
+        try:
+            importlib.import_module("scripts.convert").main()
+        except SystemExit as exit_:
+            return str(exit_.code)
+        return capsys.readouterr().out
+
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    out = tmp_path / "converted"
+    said = convert(str(folder), str(out), "--quiet")
+    assert said.endswith(f" MiB in float32; use it with --model {out}\n")
+    arguments = ["--json", "--max-tokens", "16", "--ignore-eos", "ab c"]
+    first, second = (run("generate", *arguments, model=str(m)) for m in (folder, out))
+    assert first.lines[0]["token_ids"] == second.lines[0]["token_ids"]
+    assert first.lines[0]["text"] == second.lines[0]["text"]
+    assert "repetition_penalty 1.5" in second.stderr
+    assert (
+        convert(str(folder), str(out)) == f"error: {out} exists: give another folder, or remove it"
+    )
+    again = convert(str(out), str(tmp_path / "b"))
+    assert again == f"error: {out} has been converted already"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder.name, out.name])
