@@ -2,7 +2,7 @@
 #
 #   make serve ARGS="--port 50077"      installs what the server needs, then starts it
 #   make test ARGS="-k scheduler"       installs the development packages too, then runs the tests
-#   make serve EXTRAS=gpu ARGS="--gpu"  an accelerator's packages as well: gpu, tpu or aot
+#   make serve EXTRAS=gpu ARGS="--gpu"  an accelerator's packages as well: gpu or tpu
 #
 # Packages are only ever added to .venv. Name the EXTRAS again after constraints.txt has changed.
 
@@ -43,7 +43,7 @@ TORCH ?= torch==2.13.0
 LLAMA_CPP ?=
 LLAMA_CPP_SOURCE := llama-cpp-python==0.3.36
 
-.PHONY: help setup serve test test-aot test-aot-full bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
+.PHONY: help setup serve test aot test-aot test-aot-full bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
     lint proto lock clean
 
 help: ## list the targets
@@ -66,6 +66,9 @@ peers: $(addprefix peer-,$(PEERS_ONLY)) ## build the peers of bench-peers, see P
 	@echo "peers: $(PEERS_ONLY) in $(PEERS)"
 
 # An environment of its own: the compilers' packages get in the way of programs that run.
+aot: $(AOT)/.ready ## make .venv-aot, whose Python compiles for TPUs that are not there
+	@echo "setup: $(AOT) is ready"
+
 test-aot: $(AOT)/.ready ## compile for TPUs that are not there; ARGS are pytest's
 	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/aot -m 'not full' $(ARGS)
 

@@ -15,14 +15,14 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-from checkpoints.hub_id import parse_hub_id
+from checkpoints.hub_id import HubModel, parse_hub_id
 
 Progress = Callable[[int, int], None]
 
@@ -78,13 +78,23 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     return path
 
 
-def _resolve_on_hub(model: str, progress: Progress | None) -> Path:
+def hub_model(model: str, others: Iterable[str] = ()) -> HubModel:
+    """The model of the hub that ``model``, which is no file and not in the catalog, names.
+
+    ``others``: further names that would have been right. Raises ``ValueError`` listing all.
+    """
     on_hub = parse_hub_id(model)
     if on_hub is None:
         raise ValueError(
             f"model {model!r} is neither a file or folder nor a known name; known are "
-            f"{', '.join(sorted(CATALOG))}, and org/name for models of the Hugging Face hub"
+            f"{', '.join(sorted({*CATALOG, *others}))}, and org/name for models of the Hugging "
+            f"Face hub"
         )
+    return on_hub
+
+
+def _resolve_on_hub(model: str, progress: Progress | None) -> Path:
+    on_hub = hub_model(model)
     from checkpoints import hub  # most do without
 
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from checkpoints.catalog import CATALOG, resolve, user_cache_folder
+from checkpoints.catalog import CATALOG, hub_model, resolve, user_cache_folder
 from checkpoints.configs import configured_models, model_config
 from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
@@ -255,7 +255,9 @@ def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: 
     Says so when some are left. Raises ``ValueError`` for fewer devices than replicas.
     """
     if num_devices < num_replicas:
-        raise ValueError(f"--data-parallel {num_replicas}: there are {num_devices} devices")
+        raise ValueError(
+            f"--data-parallel {num_replicas} needs as many devices, there are only {num_devices}"
+        )
     most = num_devices // num_replicas
     fitting = [n for n in range(1, most + 1) if most % n == 0 and can_divide_heads(model, n)]
     count = max(fitting)
@@ -269,14 +271,17 @@ def _open_model(
     name: str, phases: Phases, needs_weights: bool
 ) -> tuple[Checkpoint | None, ModelConfig]:
     """The checkpoint, and the model it is of; only the model where that is all there is."""
-    if name in configured_models() and not Path(name).exists():
-        if not needs_weights:
+    names, is_name = configured_models(), not Path(name).exists()
+    if is_name and not needs_weights:
+        if name in names:
             return None, model_config(name)
         if name not in CATALOG:
-            raise ValueError(
-                f"of {name} only the configuration is here, for --compile-only and "
-                f"--explain-sharding: give the path of its GGUF file or folder"
-            )
+            hub_model(name, names)  # or says all names that would do
+    elif is_name and name in names and name not in CATALOG:
+        raise ValueError(
+            f"of {name} only the configuration is here, for --compile-only and "
+            f"--explain-sharding: give the path of its GGUF file or folder"
+        )
     with phases.phase("download", unit="B") as progress:
         path = resolve(name, progress)
     with phases.phase("open"):

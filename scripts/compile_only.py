@@ -6,6 +6,7 @@ The TPU's own compiler says what each chip would hold, beside what was planned.
 import argparse
 import dataclasses
 import re
+import signal
 import time
 from dataclasses import dataclass
 
@@ -77,13 +78,16 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
 
     Raises ``ValueError`` in one line where it does not fit: why, and what would.
     """
+    # What the compiler has begun it ends before Python would hear of a Ctrl-C: minutes.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     target = parse_target(options.tpu)
     try:
         plan = plan_model(options, phases, needs_weights=False)
     except DoesNotFitError as error:
         if options.kv_memory is not None:
             raise
-        raise ValueError(refusal(options.model, target, error)) from error
+        flags = _dividing_flags(options)
+        raise ValueError(refusal(options.model, target, error, flags)) from error
     title = f"{options.model} in {plan.dtypes.weights} on {target.name}"
     memory = plan_memory(plan.model, plan.config, plan.dtypes, plan.mesh)
     limit = generation_of_kind(plan.devices[0].device_kind).hbm_bytes
@@ -130,6 +134,16 @@ def describe(report: CompileReport) -> str:
     )
     lines.append(f"compiled: {len(report.engine.programs) + 1} programs in {report.seconds:.1f} s")
     return "\n".join([*lines, *_speed_lines(report)])
+
+
+def _dividing_flags(options: argparse.Namespace) -> str:
+    """What the user said of how the chips are divided, as it was typed."""
+    flags = []
+    if options.tensor_parallel is not None:
+        flags.append(f"--tensor-parallel {options.tensor_parallel}")
+    if options.data_parallel > 1:
+        flags.append(f"--data-parallel {options.data_parallel}")
+    return " ".join(flags)
 
 
 def _memory_lines(report: CompileReport) -> list[str]:

@@ -23,8 +23,8 @@ def add_platform_options(parser: argparse.ArgumentParser) -> None:
         "--tpu",
         type=tpu_name,
         metavar="NAME",
-        help="run on a TPU, called v5e (all chips of this machine), v5e-8, v5litepod-8, v6e-4, "
-        "v5p-8, ...",
+        help="run on a TPU, called v5e (all chips of this machine; one chip with --compile-only), "
+        "v5e-8, v5litepod-8, v6e-4, v5p-8, ...",
     )
     parser.set_defaults(compile_only=False)
 

@@ -111,12 +111,13 @@ def parse_arguments() -> argparse.Namespace:
         default=30.0,
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
     )
-    group.add_argument(
+    instead = group.add_mutually_exclusive_group()
+    instead.add_argument(
         "--explain-sharding",
         action="store_true",
         help="print which array lies where, and end; loads no weights",
     )
-    group.add_argument(
+    instead.add_argument(
         "--compile-only",
         action="store_true",
         help="will it fit? compile for the chips that --tpu names, there or not, print what each "

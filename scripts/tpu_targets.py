@@ -107,7 +107,7 @@ def parse_target(name: str) -> TpuTarget:
 
     Raises ``ValueError`` that lists what exists, for an unknown generation or size.
     """
-    match = re.fullmatch(r"(v[0-9][a-z]*)(?:-([0-9]{1,6}))?", name.lower())
+    match = re.fullmatch(r"(v[0-9][a-z]*)(?:-(0|[1-9][0-9]{0,5}))?", name.lower())
     generation = _generation(match[1]) if match else None
     if match is None or generation is None:
         raise ValueError(

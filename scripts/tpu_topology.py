@@ -6,7 +6,8 @@ import os
 import jax
 
 from jaxinfer.sharding import Device
-from scripts.tpu_targets import TpuTarget
+from scripts.installing import AOT_PYTHON, install_command
+from scripts.tpu_targets import GENERATIONS, TpuTarget
 
 
 def topology_devices(target: TpuTarget) -> list[Device]:
@@ -16,14 +17,13 @@ def topology_devices(target: TpuTarget) -> list[Device]:
     and for a generation that it cannot be asked about.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "--compile-only needs the TPU compiler, which make setup EXTRAS=aot installs"
-        )
+        raise ValueError(_missing_compiler())
     generation, num_chips = target.generation, target.num_chips or 1
     if not generation.slices:
+        known = [other.name for other in GENERATIONS.values() if other.slices]
         raise ValueError(
-            f"--compile-only cannot do {generation.name}: to the compiler its cores are devices, "
-            f"which at run time are one a chip"
+            f"--compile-only cannot answer for {generation.name}: its compiler takes the two cores "
+            f"of a chip, which run as one, for two devices. It can for {', '.join(known)}"
         )
     # What the compiler's library would ask the machine's TPU, and is told instead.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -47,3 +47,9 @@ def topology_devices(target: TpuTarget) -> list[Device]:
         platform="tpu", topology_name=f"{generation.name}:{shape}", **bounds
     )
     return list(described.devices)
+
+
+def _missing_compiler() -> str:
+    command = install_command("aot")
+    where = f" in an environment of its own: {AOT_PYTHON}" if command.startswith("make") else ""
+    return f"--compile-only needs the TPU compiler, which {command} installs{where}"

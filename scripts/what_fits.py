@@ -17,8 +17,11 @@ from scripts.tpu_topology import topology_devices
 SHORTEST = 1024
 
 
-def refusal(name: str, target: TpuTarget, error: DoesNotFitError) -> str:
-    """Why the model called ``name`` does not fit ``target``, and what would, in one line."""
+def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "") -> str:
+    """Why the model called ``name`` does not fit ``target``, and what would, in one line.
+
+    ``flags``: those of the user's that divide the target's chips in another way than the default.
+    """
     model, config, dtypes, mesh = error.model, error.config, error.dtypes, error.mesh
     plan = smallest_plan(model, config, dtypes, mesh)
     generation = target.generation
@@ -32,11 +35,19 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError) -> str:
         f"one sequence of {config.max_model_len} tokens takes {needed / MIB:.0f} MiB"
     )
     others = [other for other in GENERATIONS.values() if other is not generation]
-    found = [
-        _with_hosts(fitting)
-        for candidate in (generation, *others)
-        if (fitting := smallest_slice(model, config, dtypes, candidate))
-    ]
+    found = []
+    for candidate in (generation, *others):
+        fitting = smallest_slice(model, config, dtypes, candidate)
+        if fitting is None:
+            continue
+        if (
+            flags
+            and candidate is generation
+            and (fitting.num_chips or 1) <= (target.num_chips or 1)
+        ):
+            found.append(f"{target.name} without {flags}")
+        else:
+            found.append(_with_hosts(fitting))
     page = needed / config.max_pages_per_sequence
     shorter = int(max(0, left) * TPU_KV_FRACTION / page) * config.page_size
     if shorter >= SHORTEST:

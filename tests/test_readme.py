@@ -30,9 +30,9 @@ ELSEWHERE = {
     r"make (setup|test)": (".ci/run", "phase make \\1"),
     r"make (lint)": (".ci/run", "phase .venv/bin/ruff check"),
     r"make \w+ EXTRAS=gpu\b.*": ("tests/gpu/test_serve.py", '"scripts/serve.py"), "--gpu"'),
-    r"make (test-aot|setup EXTRAS=aot)": (".ci/run", "phase make test-aot"),
+    r"make (test-aot|aot)": (".ci/run", "phase make test-aot"),
     # Minutes, for what they compile.
-    r"python scripts/serve\.py .*--compile-only": (
+    r"\.venv-aot/bin/python scripts/serve\.py .*--compile-only": (
         "tests/aot/test_compile_only.py",
         '"--compile-only"',
     ),

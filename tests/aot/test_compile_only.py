@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,17 +29,25 @@ class Answer:
         return float(planned), float(compiled)
 
 
-def ask(*flags: str) -> Answer:
+def start(*flags: str) -> subprocess.Popen[str]:
     """Runs it without a word about platforms in the environment, as on a user's machine."""
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "serve.py"), "--compile-only", *flags],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=900,
-        env=environment,
+        env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
     )
-    return Answer(done.returncode, done.stdout, (done.stderr.splitlines() or [""])[-1])
+
+
+def ask(*flags: str) -> Answer:
+    """Runs it to its end."""
+    with start(*flags) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=900)
+        finally:
+            process.kill()
+    return Answer(process.returncode, stdout, (stderr.splitlines() or [""])[-1])
 
 
 def check(answer: Answer, num_chips: int) -> None:
@@ -88,8 +98,8 @@ def test_a_slice_of_several_hosts_is_said_to_be_one() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model", "llama-3-8b", "--tpu", "v4-8"), "--compile-only cannot do v4"),
-        (("--model", "llama-3-9b", "--tpu", "v5e"), "'llama-3-9b' is neither a file nor a known"),
+        (("--model", "llama-3-8b", "--tpu", "v4-8"), "--compile-only cannot answer for v4"),
+        (("--model", "llama-3-9b", "--tpu", "v5e"), "'llama-3-9b' is neither a file or folder"),
         (("--model", "llama-3-8b", "--tpu", "v5e-8", "--kv-memory", "1TiB"), "of which"),
         (("--model", "llama-3-8b", "--tpu", "v5e-8", "--kv-memory", "125GiB"), "lower --kv-memory"),
         (("--model", "llama-3-8b", "--tpu", "v5e-8", "--kv-memory", "9MiB"), "raise --kv-memory"),
@@ -97,12 +107,35 @@ def test_a_slice_of_several_hosts_is_said_to_be_one() -> None:
             ("--model", "llama-3-8b", "--tpu", "v5e-4", "--tensor-parallel", "8"),
             "there are 4 x TPU",
         ),
+        (
+            ("--model", "llama-3-8b", "--tpu", "v5e-8", "--tensor-parallel", "1"),
+            "It would fit v5e-8 without --tensor-parallel 1, or v5p-8,",
+        ),
+        (
+            ("--model", "llama-3-8b", "--tpu", "v5e-8", "--data-parallel", "8"),
+            "It would fit v5e-8 without --data-parallel 8, or v5p-8,",
+        ),
     ],
 )
 def test_what_is_refused(flags: tuple[str, ...], message: str) -> None:
     answer = ask(*flags)
     assert (answer.status, answer.stdout) == (1, "")
     assert message in answer.error
+
+
+def test_ctrl_c_ends_it_at_once() -> None:
+    """The compiler would not hear of it for minutes."""
+    with start("--tpu", "v5e-8", "--model", "llama-3-8b") as process:
+        try:
+            time.sleep(20)  # compiling by now, which takes more than a minute
+            assert process.poll() is None
+            begun = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+            assert process.returncode in (-signal.SIGINT, 130)
+            assert time.monotonic() - begun < 10
+        finally:
+            process.kill()
 
 
 @pytest.mark.full

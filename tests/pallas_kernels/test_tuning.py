@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,25 @@ def test_only_a_tpu_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tune.py", "--cpu", "--query-heads", "30"])
     with pytest.raises(ValueError, match="--query-heads 30 is no multiple of --kv-heads 8"):
         tune.tune()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        '{"ragged_paged_attention": 3}',
+        '{"ragged_paged_attention": {"bfloat16": {"x": {"decode": "128"}}}}',
+        '{"ragged_paged_attention": {"bfloat16": {"x": {"decode": -128}}}}',
+        '{"a":' * 5000,
+    ],
+)
+def test_a_damaged_file_is_named(text: str, tuned: Path) -> None:
+    path = tuned / tuning.file_name("TPU v5 lite")
+    path.write_text(text)
+    message = re.escape(f"{path} is no file of block sizes, delete it")
+    with pytest.raises(ValueError, match=message):
+        tpu.block_sizes(pages("TPU v5 lite"), 4, 8)
+    with pytest.raises(ValueError, match=message):
+        tuning.write_sizes(path, "ragged_paged_attention", "bfloat16", "x", {"decode": 128})
+    assert path.read_text() == text

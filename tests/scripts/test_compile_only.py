@@ -1,5 +1,6 @@
 """serve.py --compile-only where there is no TPU compiler: what is refused; tests/aot compiles."""
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfer.config import ModelConfig
-from scripts import assembly, tpu_topology
+from scripts import assembly, compile_only, tpu_topology
 from scripts.tpu_targets import parse_target
 from tests.jaxinfer.tiny import tiny_model
 from tests.scripts.conftest import Run
@@ -40,9 +41,25 @@ def test_names_that_are_no_tpu() -> None:
     assert "there is no v5e-3; v5e comes as v5e-1, v5e-4, v5e-8" in line
 
 
+def test_one_thing_at_a_time() -> None:
+    status, line = error_of("--tpu", "v5e", "--compile-only", "--explain-sharding")
+    assert status == 2
+    assert "--explain-sharding: not allowed with argument --compile-only" in line
+
+
+def test_unknown_models_are_answered_with_every_name_that_would_do(run: Run) -> None:
+    error = run("serve", "--explain-sharding", model="llama-3-9b").error
+    assert "'llama-3-9b' is neither a file or folder nor a known name; known are" in error
+    assert "llama-3-8b" in error
+    assert "smollm2-135m-instruct" in error
+    error = run("serve", model="llama-3-9b").error
+    assert "llama-3-8b" not in error
+    assert "smollm2-135m-instruct" in error
+
+
 def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="needs the TPU compiler, which make setup EXTRAS=aot"):
+    with pytest.raises(ValueError, match="needs the TPU compiler, which make aot installs in"):
         tpu_topology.topology_devices(parse_target("v5e-8"))
 
 
@@ -50,7 +67,7 @@ def test_a_generation_of_which_the_compiler_knows_cores_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match="cannot do v4"):
+    with pytest.raises(ValueError, match=r"cannot answer for v4.* It can for v5e, v5p, v6e"):
         tpu_topology.topology_devices(parse_target("v4-8"))
 
 
@@ -87,6 +104,20 @@ def test_as_many_chips_as_the_heads_are_divided_over(
         assert told.startswith(f"{expected * replicas} of {devices} chips are used: {kv_heads} kv")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "data", "expected"),
+    [
+        (None, 1, ""),
+        (2, 1, "--tensor-parallel 2"),
+        (None, 4, "--data-parallel 4"),
+        (1, 2, "--tensor-parallel 1 --data-parallel 2"),
+    ],
+)
+def test_flags_that_divide_the_chips(tensor: int | None, data: int, expected: str) -> None:
+    options = argparse.Namespace(tensor_parallel=tensor, data_parallel=data)
+    assert compile_only._dividing_flags(options) == expected
+
+
 def test_fewer_chips_than_replicas() -> None:
-    with pytest.raises(ValueError, match="--data-parallel 3: there are 2 devices"):
+    with pytest.raises(ValueError, match="--data-parallel 3 needs as many devices, there"):
         assembly.default_tensor_parallel(tiny_model(), 2, 3)

@@ -21,6 +21,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
         ("plot", "make setup", 'pip install "jaxinfer[plot]"'),
         ("gpu", "make setup EXTRAS=gpu", 'pip install "jaxinfer[gpu]"'),
         ("tpu", "make setup EXTRAS=tpu", 'pip install "jaxinfer[tpu]"'),
+        ("aot", "make aot", 'pip install "jaxinfer[aot]"'),
     ],
 )
 def test_commands(extra: str, checkout: str, wheel: str, tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def test_names(name: str, generation: str, num_chips: int | None, canonical: str
     assert tpu_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "v7", "e-8", "v5e8", "v5e-", "v5e-x", "v5e-8-8", "a" * 99])
+@pytest.mark.parametrize(
+    "name", ["", "v7", "e-8", "v5e8", "v5e-", "v5e-x", "v5e-8-8", "v5e-01", "a" * 99]
+)
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"no TPU is called {name[:40]!r}")) as error:
         parse_target(name)
