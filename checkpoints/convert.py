@@ -14,6 +14,7 @@ import numpy as np
 from checkpoints.load import NUM_THREADS, TensorCheckpoint
 from checkpoints.orbax import write_checkpoint
 from checkpoints.parameters import ParameterPath, assemble
+from checkpoints.shard_name import with_later_shards
 from jaxinfer.models import parameter_shapes
 
 # What is looked at of a folder.
@@ -67,7 +68,10 @@ def provenance(source: str, path: Path, dtype: np.dtype, progress: Progress | No
     ``source`` is what the user named, ``path`` where it lies. ``progress(done, total)`` counts
     bytes.
     """
-    files = [path] if path.is_file() else sorted(f for kind in _SOURCES for f in path.glob(kind))
+    if path.is_file():
+        files = with_later_shards(path)
+    else:
+        files = sorted(f for kind in _SOURCES for f in path.glob(kind))
     total, done, hashes = sum(file.stat().st_size for file in files), 0, {}
     for file in files:
         digest = hashlib.sha256()

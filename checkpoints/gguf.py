@@ -13,8 +13,8 @@ import numpy as np
 
 from checkpoints.gguf_blocks import dequantize_columns, dequantize_rows
 from checkpoints.gguf_config import ROPE_TENSORS, read_model
-from checkpoints.gguf_file import GGUFFile
 from checkpoints.gguf_metadata import metadata_value
+from checkpoints.gguf_split import GGUFFiles
 from checkpoints.gguf_tokenizer import read_tokenizer
 from checkpoints.parameters import tensor_shapes
 from checkpoints.tensor_names import GGUF_LAYER, GGUF_MODEL, tensor_places
@@ -26,11 +26,12 @@ from jaxinfer.request import SamplingParams
 class GGUFCheckpoint:
     """A GGUF file opened for loading: ``model``, ``tokenizer`` and ``tensor(name)``.
 
-    Raises ``ValueError`` when the file is damaged, or describes a model that is not supported.
+    Of a split one, ``path`` is the first shard. Raises ``ValueError`` when a file is damaged or
+    missing, or describes a model that is not supported.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = GGUFFile(path)
+        self._file = GGUFFiles(path)
         self._metadata = self._file.metadata
         with _named(path):
             self.model = read_model(self._file)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints.gguf_blocks import dequantize_rows
-from checkpoints.gguf_file import GGUFFile
 from checkpoints.gguf_metadata import metadata_value
+from checkpoints.gguf_split import GGUFFiles
 from checkpoints.tensor_names import GGUF_MODEL
 from jaxinfer.config import ModelConfig
 from jaxinfer.models import GGUF_ARCHITECTURES, read_config
@@ -29,7 +29,7 @@ _MAX_POSITIONS = 1 << 30
 _GEMMA_3_27B_LAYERS = 62
 
 
-def read_model(file: GGUFFile) -> ModelConfig:
+def read_model(file: GGUFFiles) -> ModelConfig:
     """The model of a file. Raises ``ValueError`` for one that is not supported or cannot be."""
     architecture = metadata_value(file.metadata, "general.architecture", str)
     if architecture not in GGUF_ARCHITECTURES:
@@ -43,7 +43,7 @@ def read_model(file: GGUFFile) -> ModelConfig:
 class _Reader:
     """Keys of one architecture."""
 
-    def __init__(self, file: GGUFFile, architecture: str) -> None:
+    def __init__(self, file: GGUFFiles, architecture: str) -> None:
         self._file, self._architecture = file, architecture
 
     def fields(self) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 
 from checkpoints.hub_id import HubModel
+from checkpoints.shard_name import MAX_SHARDS, parse_shard_name, without_later_shards
 
 Progress = Callable[[int, int], None]
 
@@ -39,8 +40,9 @@ _WEIGHTS = re.compile(r"model.*\.safetensors")
 def fetch(model: HubModel, progress: Progress | None = None) -> Path:
     """The folder of a model's files, or its GGUF file, in the cache of the hub's library.
 
-    ``progress(done, total)`` counts bytes. Raises ``ValueError`` in one line: no such model,
-    revision or file, no access, no network and not in the cache.
+    Of a split GGUF all shards are fetched, and the first is returned. ``progress(done, total)``
+    counts bytes. Raises ``ValueError`` in one line: no such model, revision or file, no access, no
+    network and not in the cache.
     """
     tried = [f"the cache ({constants.HF_HUB_CACHE})"]
     try:
@@ -94,9 +96,11 @@ def _fetch(model: HubModel, progress: Progress | None) -> Path:
 
 def _wanted(model: HubModel, names: Iterable[str]) -> list[str]:
     if model.file:
-        if model.file not in names:
-            raise ValueError(f"{model.repo} has no file {model.file!r}{_files_there(model, names)}")
-        return [model.file]
+        wanted = _with_later_shards(model, model.file)
+        for file in wanted:
+            if file not in names:
+                raise ValueError(f"{model.repo} has no file {file!r}{_files_there(model, names)}")
+        return wanted
     wanted = sorted(name for name in names if _FILES.fullmatch(name))
     if "config.json" not in wanted or not any(map(_WEIGHTS.fullmatch, wanted)):
         raise ValueError(
@@ -106,8 +110,23 @@ def _wanted(model: HubModel, names: Iterable[str]) -> list[str]:
     return wanted
 
 
+def _with_later_shards(model: HubModel, file: str) -> list[str]:
+    """``file``, and all others where it is the first shard of a split one."""
+    shard = parse_shard_name(file)
+    if shard is None:
+        return [file]
+    if shard.count > MAX_SHARDS:
+        raise ValueError(f"{file!r}: more than the limit of {MAX_SHARDS} shards")
+    if shard.number != 1:
+        raise ValueError(
+            f"{file!r} is shard {shard.number} of {shard.count}: give the first, "
+            f"{model.repo}:{shard.first}"
+        )
+    return [str(one) for one in shard.all]
+
+
 def _files_there(model: HubModel, names: Iterable[str]) -> str:
-    found = sorted(name for name in names if name.endswith(".gguf"))
+    found = without_later_shards(name for name in names if name.endswith(".gguf"))
     return f"; it has {model.repo}:{found[0]} and {len(found)} GGUF files in all" if found else ""
 
 
@@ -115,7 +134,9 @@ def _cached(model: HubModel) -> Path:
     """What is there of a model without asking anybody."""
     if model.file:
         options: dict[str, Any] = {"revision": model.revision, "local_files_only": True}
-        return Path(hub.hf_hub_download(model.repo, model.file, **options))
+        files = _with_later_shards(model, model.file)
+        paths = [Path(hub.hf_hub_download(model.repo, file, **options)) for file in files]
+        return paths[0]  # as above; each was looked for
     config = hub.hf_hub_download(
         model.repo, "config.json", revision=model.revision, local_files_only=True
     )

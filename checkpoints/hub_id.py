@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.shard_name import file_stem
+
 _ID = re.compile(
     r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?"
     r"(:(?P<file>[\w./-]{1,256}\.gguf))?",
@@ -22,7 +24,7 @@ class HubModel:
     @property
     def name(self) -> str:
         """What the model is called."""
-        return Path(self.file).stem if self.file else self.repo.partition("/")[2]
+        return file_stem(Path(self.file)) if self.file else self.repo.partition("/")[2]
 
 
 def parse_hub_id(text: str) -> HubModel | None:

@@ -19,6 +19,7 @@ from checkpoints.gguf_file import MAGIC
 from checkpoints.hugging_face import CONFIG, HuggingFaceCheckpoint
 from checkpoints.orbax import DESCRIPTION, OrbaxCheckpoint
 from checkpoints.parameters import ParameterPath, assemble
+from checkpoints.shard_name import without_later_shards
 from jaxinfer.config import AnyTokenizer, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.request import SamplingParams
@@ -86,8 +87,8 @@ def _open_folder(path: Path) -> Checkpoint:
         return OrbaxCheckpoint(path)
     if (path / CONFIG).exists():
         return HuggingFaceCheckpoint(path)
-    files = sorted(path.glob("*.gguf"))
-    hint = f"; give {files[0]}" if files else ""
+    files = without_later_shards(file.name for file in path.glob("*.gguf"))
+    hint = f"; give {path / files[0]}" if files else ""
     raise ValueError(
         f"{path}: neither {CONFIG} (a Hugging Face folder) nor {DESCRIPTION} (a converted one) "
         f"is in it{hint}"

@@ -16,6 +16,7 @@ from checkpoints.catalog import CATALOG, hub_model, resolve, user_cache_folder
 from checkpoints.configs import configured_models, model_config
 from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
+from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
@@ -224,7 +225,7 @@ def model_name(model: str) -> str:
     on_hub = None if path.exists() else parse_hub_id(model)
     if on_hub:
         return on_hub.name
-    return path.resolve().name if path.is_dir() else path.stem
+    return path.resolve().name if path.is_dir() else file_stem(path)
 
 
 def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool = True) -> Plan:

@@ -21,11 +21,16 @@ ARCHITECTURES = {"mistral": "llama", "mixtral": "llama"}
 ARCHITECTURES |= {model_type: name for name, model_type in GGUF_ARCHITECTURES.items()}
 
 
-def write_gguf(path: Path, case: str, kind: gguf.GGMLQuantizationType) -> None:
-    """A file with the tensors of ``case``, matrices quantized to ``kind``, and no tokenizer."""
+def write_gguf(
+    path: Path, case: str, kind: gguf.GGMLQuantizationType, tensors_per_shard: int = 0
+) -> None:
+    """A file with the tensors of ``case``, matrices quantized to ``kind``, and no tokenizer.
+
+    With ``tensors_per_shard`` several, ``NAME-00001-of-0000N.gguf`` for ``NAME.gguf``.
+    """
     config = CASES[case]["config"]
     architecture = ARCHITECTURES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_shard)
     _add_config(writer, config)
     (number,) = (n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])

@@ -27,7 +27,9 @@ FILES = {
     "README.md": b"never",
 }
 GGUF = {"a-Q4_0.gguf": b"GGUF4", "a-Q8_0.gguf": b"GGUF8"}
-REPOSITORIES = {"org/small": FILES, "org/only.gguf-files": GGUF}
+SPLIT = {f"q/b-{number:05}-of-00003.gguf": b"GGUF%d" % number for number in (1, 2, 3)}
+SPLIT["c-00001-of-00002.gguf"] = b"GGUF"
+REPOSITORIES = {"org/small": FILES, "org/only.gguf-files": GGUF, "org/split": SPLIT}
 
 
 class Hub(ThreadingHTTPServer):
@@ -192,6 +194,22 @@ def test_one_gguf_file(hub: Hub) -> None:
     assert not any("Q4_0" in asked for _, asked, _ in hub.asked)
 
 
+def test_a_split_gguf_file(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards are fetched, and all must be in the cache where there is no network."""
+    name = f"org/split@{COMMIT}:q/b-00001-of-00003.gguf"
+    counted: list[tuple[int, int]] = []
+    path = resolve(name, lambda *count: counted.append(count))
+    assert path.name == "b-00001-of-00003.gguf"
+    found = {f"q/{file.name}": file.read_bytes() for file in path.parent.iterdir()}
+    assert found == {name: data for name, data in SPLIT.items() if name.startswith("q/")}
+    assert counted[-1] == (15, 15)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve(name) == path
+    (path.parent / "b-00003-of-00003.gguf").unlink()
+    with pytest.raises(ValueError, match="cannot fetch org/split: tried the cache"):
+        resolve(name)
+
+
 @pytest.mark.parametrize(
     ("model", "match"),
     [
@@ -202,6 +220,16 @@ def test_one_gguf_file(hub: Hub) -> None:
         ("org/small:b.gguf", "org/small has no file 'b.gguf'"),
         ("org/only.gguf-files:b.gguf", r"no file 'b.gguf'; it has org/only.gguf-files:a-Q4_0"),
         ("org/a--b", "org/a--b"),
+        (
+            "org/split",
+            r"no config.json .*; it has org/split:c-00001-of-00002.gguf and 2 GGUF files",
+        ),
+        ("org/split:c-00001-of-00002.gguf", "org/split has no file 'c-00002-of-00002.gguf'"),
+        (
+            "org/split:q/b-00002-of-00003.gguf",
+            "is shard 2 of 3: give the first, org/split:q/b-00001-of-00003.gguf",
+        ),
+        ("org/split:b-00001-of-99999.gguf", "more than the limit of 512 shards"),
     ],
 )
 def test_what_cannot_be_had(hub: Hub, model: str, match: str) -> None:

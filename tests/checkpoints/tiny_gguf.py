@@ -10,7 +10,16 @@ import numpy as np
 from tests.data.random_llama import draw_weights
 
 UINT8, INT32, UINT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 5, 4, 6, 7, 8, 9, 10
-_FORMATS = {UINT8: "<B", INT32: "<i", UINT32: "<I", FLOAT32: "<f", BOOL: "<?", UINT64: "<Q"}
+UINT16 = 2
+_FORMATS = {
+    UINT8: "<B",
+    UINT16: "<H",
+    INT32: "<i",
+    UINT32: "<I",
+    FLOAT32: "<f",
+    BOOL: "<?",
+    UINT64: "<Q",
+}
 
 # GGML's numbers of tensor types.
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
