@@ -31,6 +31,7 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = GGUFFiles(path)
         self._metadata = self._file.metadata
         with _named(path):
@@ -45,7 +46,7 @@ class GGUFCheckpoint:
     @property
     def tokenizer(self) -> TokenizerSpec | SentencePieceSpec:
         """The tokenizer. Raises ``ValueError`` when there is none, or of no supported kind."""
-        with _named(self._file.path):
+        with _named(self.path):
             return read_tokenizer(self._metadata, self.model.vocab_size)
 
     @property
@@ -60,7 +61,7 @@ class GGUFCheckpoint:
         ``[in, out]`` array. Raises ``ValueError`` for a name that the model has not.
         """
         if name not in self._places:
-            raise ValueError(f"no tensor {name!r} in {self._file.path}")
+            raise ValueError(f"no tensor {name!r} in {self.path}")
         place, shape = self._places[name], self._shapes[name]
         tensor_type = self._file.tensors[place.names[0]].type
         data = self._file.tensor_bytes(place.names[0])

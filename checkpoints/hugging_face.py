@@ -35,7 +35,7 @@ class HuggingFaceCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.path = folder
         config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
         _refuse_quantized(folder, config)
         try:
@@ -54,12 +54,12 @@ class HuggingFaceCheckpoint:
     def tokenizer(self) -> TokenizerJson:
         """The tokenizer. Raises ``ValueError`` when there is none or it is not supported."""
         text_config = self._config.get("text_config", self._config)
-        return read_tokenizer(self.folder, self.model.vocab_size, text_config)
+        return read_tokenizer(self.path, self.model.vocab_size, text_config)
 
     @property
     def default_sampling(self) -> SamplingParams:
         """What generation_config.json asks for. Raises ``ValueError`` when that cannot be."""
-        return read_default_sampling(self.folder)
+        return read_default_sampling(self.path)
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a tensor as float32, ``[out, in]``, by its canonical name, see tensor_names.
@@ -67,7 +67,7 @@ class HuggingFaceCheckpoint:
         Raises ``ValueError`` for a name that the model has not.
         """
         if name not in self._places:
-            raise ValueError(f"no tensor {name!r} in {self.folder}")
+            raise ValueError(f"no tensor {name!r} in {self.path}")
         place = self._places[name]
         parts = [self._files.read(file_name, place.rows) for file_name in place.names]
         tensor = parts[0] if len(self._shapes[name]) < 3 else np.stack(parts)
@@ -90,10 +90,10 @@ class HuggingFaceCheckpoint:
         for place in self._places.values():
             for name in place.names:
                 if name not in found:
-                    raise ValueError(f"{self.folder}: tensor {name!r} is missing")
+                    raise ValueError(f"{self.path}: tensor {name!r} is missing")
                 if found[name] != place.shape:
                     raise ValueError(
-                        f"{self.folder}: tensor {name!r} has shape {found[name]}, the model "
+                        f"{self.path}: tensor {name!r} has shape {found[name]}, the model "
                         f"needs {place.shape}"
                     )
                 self._files.check_dtype(name)
@@ -108,7 +108,7 @@ class HuggingFaceCheckpoint:
         )
         if unknown:
             raise ValueError(
-                f"{self.folder}: {len(unknown)} tensors that a {self.model.architecture} model "
+                f"{self.path}: {len(unknown)} tensors that a {self.model.architecture} model "
                 f"does not have, {unknown[0]!r} the first"
             )
 

@@ -1,8 +1,12 @@
 """JSON files that somebody else made: an object, read within bounds."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
+
+# Far above what such files have; a tokenizer.json has 7.
+MAX_DEPTH = 100
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -20,6 +24,9 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid: {str(error)[:200]}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must be a JSON object, is a {type(value).__name__}")
+    # The parser stands more than what writes or shows a value, and not always the same.
+    if _is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"{path}: nested too deeply")
     return value
 
 
@@ -29,7 +36,9 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            # No more than is there: a read takes memory for all that it is asked for.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, max_bytes) + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > max_bytes:
@@ -40,11 +49,26 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
 
 
+def _is_deeper(value: object, limit: int) -> bool:
+    """Whether lists and objects are within each other more than ``limit`` times."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"key {twice!r:.80} occurs twice")
     return fields
 

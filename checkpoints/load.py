@@ -110,7 +110,7 @@ def load_parameters(
     and heads are repeated and ends padded with zeros accordingly.
     ``progress(done, total)`` is called in this thread after each parameter. The host holds the
     parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
-    naming the paths that are missing, unknown, of another shape, or not finite.
+    naming the paths that are missing, unknown, of another shape, or not finite (and their file).
     """
     wanted = dict(_leaves(abstract, ()))
     model = checkpoint.model
@@ -122,7 +122,9 @@ def load_parameters(
     def make(path: ParameterPath) -> jax.Array:
         dtype, is_tied = np.dtype(wanted[path].dtype), model.tie_word_embeddings
         array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
-        return _place(array, path, wanted[path], model, num_devices)
+        _check_finite(array, path, checkpoint)
+        physical = physical_model(model, num_devices)
+        return place(physical_parameter(str(path[-1]), array, model, physical), wanted[path])
 
     loaded: dict[ParameterPath, jax.Array] = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -176,15 +178,10 @@ def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig, num_de
             )
 
 
-def _place(
-    array: np.ndarray,
-    path: ParameterPath,
-    wanted: jax.ShapeDtypeStruct,
-    model: ModelConfig,
-    num_devices: int,
-) -> jax.Array:
+def _check_finite(array: np.ndarray, path: ParameterPath, checkpoint: Weights) -> None:
     if not np.isfinite(array).all():
-        raise ValueError(f"parameter {path} has values that are not finite: a damaged checkpoint?")
-    physical = physical_model(model, num_devices)
-    array = physical_parameter(str(path[-1]), array, model, physical)
-    return place(array, wanted)
+        file = getattr(checkpoint, "path", None)  # not all weights come from one
+        raise ValueError(
+            f"{file}: " * (file is not None)
+            + f"parameter {path} has values that are not finite: a damaged checkpoint?"
+        )
