@@ -44,6 +44,7 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         self._config = config
         self._files = SafetensorsFiles(folder)
+        self._check_counts()
         self._family = family(self.model.architecture)
         is_tied = self.model.tie_word_embeddings
         self._shapes = tensor_shapes(parameter_shapes(self.model), is_tied)
@@ -84,6 +85,19 @@ class HuggingFaceCheckpoint:
         own, layer = self._family.hugging_face, prefix + "model.layers.{layer}."
         return tensor_places(self._shapes, names, HUGGING_FACE_LAYER, own, layer)
 
+    def _check_counts(self) -> None:
+        """Every layer, and every expert of it, has a tensor: none is named that no file can have.
+
+        Names are made for all of them, and a few bytes of a configuration may ask for billions.
+        """
+        model, found = self.model, len(self._files.shapes())
+        if model.num_hidden_layers * max(1, model.num_experts) > found:
+            experts = f" of {model.num_experts} experts" if model.num_experts else ""
+            raise ValueError(
+                f"{self.path}: {CONFIG} has {model.num_hidden_layers} layers{experts}, but there "
+                f"are only {found} tensors"
+            )
+
     def _check_tensors(self) -> None:
         """Every tensor the model needs is there in its shape, and there is no other."""
         found, known = self._files.shapes(), set[str]()
@@ -109,7 +123,7 @@ class HuggingFaceCheckpoint:
         if unknown:
             raise ValueError(
                 f"{self.path}: {len(unknown)} tensors that a {self.model.architecture} model "
-                f"does not have, {unknown[0]!r} the first"
+                f"does not have, {unknown[0]!r:.120} the first"
             )
 
 

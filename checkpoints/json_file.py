@@ -7,17 +7,21 @@ from typing import Any, NoReturn
 
 # Far above what such files have; a tokenizer.json has 7.
 MAX_DEPTH = 100
+MAX_DIGITS = 40  # of a whole number: those of 310 and more are no float
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """The object in a file.
 
     Raises ``ValueError`` naming the file: missing, no regular file, larger than ``max_bytes``, not
-    JSON, no object, a key twice in one object, NaN or infinity, nested too deeply.
+    JSON, no object, a key twice in one object, NaN, infinity or an endless whole number, nested
+    too deeply.
     """
     text = read_text(path, max_bytes)
     try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, object_pairs_hook=_once, parse_int=_integer, parse_constant=_refuse_constant
+        )
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
     except ValueError as error:
@@ -71,6 +75,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"key {twice!r:.80} occurs twice")
     return fields
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, more than the limit of {MAX_DIGITS}")
+    return int(digits)
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -4,6 +4,7 @@ The library checks a file's header against its size: lengths, offsets, shapes an
 index says is checked here.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from checkpoints.json_file import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
+_PLAIN_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -70,7 +72,7 @@ class SafetensorsFiles:
             raise ValueError(f"{path}: weight_map must be an object with an entry a tensor")
         for file_name in {str(name): None for name in placed.values()}:
             # A plain name: an index must not lead out of its folder.
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            if not _PLAIN_NAME.fullmatch(file_name):
                 raise ValueError(f"{path}: {file_name!r:.80} is no name of a safetensors file")
             self._open(file_name)
         return placed
@@ -87,4 +89,6 @@ class SafetensorsFiles:
                 part = file.get_slice(name)
                 self._tensors[name] = _Tensor(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged or not fetched to the end: {error}") from error
+            # The library quotes the file at any length.
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: damaged or not fetched to the end: {reason}") from error

@@ -40,8 +40,9 @@ def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> 
     kinds = {str(step.get("type")) for step in decoder}
     is_byte_level = kinds >= _BYTE_LEVEL
     if not is_byte_level and not kinds & _SENTENCE_PIECE:
+        found = ", ".join(sorted(kinds)) or "none"
         raise ValueError(
-            f"{path}: decoder {', '.join(sorted(kinds)) or 'none'} is not supported; supported "
+            f"{path}: decoder {found!r:.80} is not supported; supported "
             "are ByteLevel, ByteFallback and Metaspace"
         )
     try:

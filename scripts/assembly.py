@@ -189,7 +189,7 @@ def load_model(
     checkpoint, config = plan.checkpoint, plan.config
     assert checkpoint is not None
     with phases.phase("tokenizer"):
-        tokenizer = Tokenizer(checkpoint.tokenizer)
+        tokenizer = _build_tokenizer(options.model, checkpoint)
     sampling = checkpoint.default_sampling if options.generation_config else SamplingParams()
     engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
     shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
@@ -215,6 +215,14 @@ def load_model(
         devices=plan.devices,
         parameters=parameters,
     )
+
+
+def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
+    description = checkpoint.tokenizer  # whose errors name the file
+    try:
+        return Tokenizer(description)
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from error
 
 
 def model_name(model: str) -> str:

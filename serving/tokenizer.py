@@ -65,7 +65,8 @@ class Tokenizer:
     ) -> list[int]:
         """Returns token ids. ``add_special_tokens`` puts BOS first where the checkpoint wants it.
 
-        Raises ``ValueError`` for text that is no Unicode (a lone surrogate).
+        Raises ``ValueError`` for text that is no Unicode (a lone surrogate), and when the
+        checkpoint's tokenizer cannot cope with it.
         """
         try:
             text.encode()
@@ -75,7 +76,8 @@ class Tokenizer:
         # The batch call lets other threads run meanwhile; encode() holds the interpreter's lock,
         # a second for a long prompt.
         own = add_special_tokens and isinstance(self._spec, TokenizerJson)
-        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=own)
+        with tokenizer_library.refusing("the text cannot be encoded"):
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=own)
         token_ids = encoding.ids
         if add_special_tokens and self._spec.add_bos_token and self.bos_token_id is not None:
             return [self.bos_token_id, *token_ids]
@@ -166,7 +168,8 @@ class Tokenizer:
 
         Each piece is encoded by itself: a tokenizer that begins a text with a space does so there.
         """
-        encoding = self._parsing.encode(text, add_special_tokens=False)
+        with tokenizer_library.refusing("the chat cannot be encoded"):
+            encoding = self._parsing.encode(text, add_special_tokens=False)
         token_ids, end = list[int](), 0
 
         def add_text(upto: int) -> None:

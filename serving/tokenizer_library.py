@@ -5,7 +5,8 @@ Knows nothing of files or of the engine.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
@@ -31,6 +32,10 @@ _TEKKEN_SPLIT = _GPT_4O_SPLIT.replace(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").repl
     r"\p{N}{1,3}", r"\p{N}"
 )
 _SPACE = "\u2581"
+# Those of SentencePiece have 16 characters by default. Every split of every token is looked at.
+MAX_PIECE_CHARACTERS = 1024
+# What a tokenizer is tried with: a word, a character that few vocabularies have, a space.
+_PROBE = "a \u4e2d"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -111,10 +116,37 @@ def _sentence_piece(spec: SentencePieceSpec) -> tokenizers.Tokenizer:
 
 @build.register
 def _as_described(spec: TokenizerJson) -> tokenizers.Tokenizer:
+    with refusing("tokenizer.json is not valid"):
+        tokenizer = tokenizers.Tokenizer.from_str(spec.text)
+        ids = tokenizer.encode(_PROBE).ids
+    for token_id in ids:
+        if token_id >= len(spec.tokens):
+            raise ValueError(
+                f"tokenizer.json is not valid: it gives token id {token_id}, the vocabulary has "
+                f"{len(spec.tokens)} tokens"
+            )
+    # The library numbers added tokens by itself, whatever the file says.
+    for token_id in (*spec.control_token_ids, *spec.added_token_ids):
+        if (found := tokenizer.token_to_id(spec.tokens[token_id])) != token_id:
+            raise ValueError(
+                f"tokenizer.json is not valid: added token {spec.tokens[token_id]!r:.40} has id "
+                f"{token_id}, by its place it is {found}"
+            )
+    return tokenizer
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever the library raises within, as ``ValueError``: it has no narrower type.
+
+    Its panics, for files that it did not expect, are not even an ``Exception``.
+    """
     try:
-        return tokenizers.Tokenizer.from_str(spec.text)
-    except Exception as error:  # the library has no narrower type
-        raise ValueError(f"tokenizer.json is not valid: {str(error)[:200]}") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from error
 
 
 def token_bytes(spec: AnyTokenizer) -> Callable[[int], bytes]:
@@ -156,10 +188,8 @@ def _ids_of(spec: AnyTokenizer) -> dict[str, int]:
 def _bpe(
     ids: dict[str, int], merges: list[tuple[str, str]], **options: object
 ) -> tokenizers.Tokenizer:
-    try:
+    with refusing("the tokenizer's merges do not fit its tokens"):
         return tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, **options))
-    except Exception as error:  # the library has no narrower type
-        raise ValueError(f"the tokenizer's merges do not fit its tokens: {error}") from error
 
 
 def _with_added_tokens(tokenizer: tokenizers.Tokenizer, spec: AnyTokenizer) -> tokenizers.Tokenizer:
@@ -182,6 +212,11 @@ def _merges_by_score(ids: dict[str, int], spec: SentencePieceSpec) -> list[tuple
     """
     found = []
     for token, token_id in ids.items():
+        if len(token) > MAX_PIECE_CHARACTERS:
+            raise ValueError(
+                f"token {token_id} has {len(token)} characters, more than the limit of "
+                f"{MAX_PIECE_CHARACTERS}"
+            )
         pairs = [
             (token[:i], token[i:])
             for i in range(1, len(token))

@@ -5,6 +5,7 @@ families only say which they need and what they can compute.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A positive, finite number."""
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             self._refuse(name, value, "a positive number")
         return float(value)
 
@@ -70,7 +71,7 @@ class Fields:
         if (
             not isinstance(value, list | tuple)
             or len(value) > MAX_ROPE_FACTORS
-            or not all(type(x) in (int, float) and 0 < x < math.inf for x in value)
+            or not all(type(x) in (int, float) and 0 < x <= sys.float_info.max for x in value)
         ):
             self._refuse(name, value, f"at most {MAX_ROPE_FACTORS} positive numbers")
         return tuple(float(x) for x in value)

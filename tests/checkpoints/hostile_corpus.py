@@ -18,10 +18,7 @@ from tests.checkpoints import tiny_gguf
 from tests.checkpoints.family_folder import write_tokenizer
 from tests.checkpoints.tiny_gguf import ARRAY, BOOL, FLOAT32, INT32, Q4_0, STRING, UINT16, UINT32
 
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message.content | trim }}"
-    "{% if loop.last and add_generation_prompt %}{{ bos_token }}{% endif %}{% endfor %}"
-)
+TEMPLATE = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m.content | trim }}{% endfor %}"
 _SIZES: dict[str, Any] = {
     "vocab_size": 104,
     "hidden_size": 32,
@@ -180,7 +177,9 @@ def _metadata(architecture: str) -> dict[str, tuple[int, Any]]:
 
 
 def _mixture_metadata() -> dict[str, tuple[int, Any]]:
-    return _metadata("qwen3moe") | {
+    metadata = _metadata("qwen3moe")
+    del metadata["tokenizer.chat_template"]  # to compile it takes as long as all the rest
+    return metadata | {
         "qwen3moe.expert_count": (UINT32, _EXPERTS["num_experts"]),
         "qwen3moe.expert_used_count": (UINT32, _EXPERTS["num_experts_per_tok"]),
         "qwen3moe.expert_feed_forward_length": (UINT32, _EXPERTS["moe_intermediate_size"]),

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 Mutation = Callable[[bytes], bytes]
 
-_ANY = st.integers(0, 2**32 - 1)
+
+def weighted[T](*parts: tuple[int, st.SearchStrategy[T]]) -> st.SearchStrategy[T]:
+    """One of several strategies, each as often as its number says (``one_of`` counts none twice,
+    and takes apart what is one of several itself)."""
+    tickets = [number for number, (weight, _) in enumerate(parts) for _ in range(weight)]
+    return st.sampled_from(tickets).flatmap(lambda number: parts[number][1])
+
+
+# Hypothesis likes small numbers and round ones: multiplied, they are anywhere.
+_ANY = st.integers(0, 2**32 - 1).map(lambda number: (number * 2654435761 + 1234567891) % 2**32)
 _WIDTHS = st.sampled_from([1, 2, 4, 8])
 # What counts, sizes and offsets are overwritten with; negative ones are those near 2**64.
 _INTEGERS = st.one_of(
@@ -24,30 +33,35 @@ _LENGTHS = st.one_of(st.integers(1, 16), st.sampled_from([32, 64, 512, 4096]), _
 
 
 def byte_mutations(
-    head: int, fields: Sequence[tuple[int, int]] = ()
+    head: int, fields: Sequence[tuple[int, int]] = (), is_text: bool = False
 ) -> st.SearchStrategy[Mutation]:
-    """One to four kinds of damage, one after another.
+    """One to three kinds of damage, one after another.
 
     Half of it goes to the first ``head`` bytes, where a file says what it is; ``fields`` are
-    positions and widths of integers there, which are hit on purpose.
+    positions and widths of integers there, which are hit on purpose. ``is_text``: ASCII remains so.
     """
     position = st.tuples(st.booleans(), _ANY).map(
         lambda drawn: drawn[1] % head if drawn[0] else drawn[1]
     )
-    steps = [
-        st.builds(_flip, position, st.integers(1, 255)),
-        st.builds(_overwrite, position, _WIDTHS, _INTEGERS),
+    steps: list[st.SearchStrategy[Mutation]] = [
+        st.builds(_flip, position, st.integers(1, 127 if is_text else 255)),
         st.builds(_truncate, position),
         st.builds(_extend, st.binary(min_size=1, max_size=64), st.sampled_from([1, 1, 1, 1000])),
         st.builds(_duplicate, position, _LENGTHS, position),
         st.builds(_delete, position, _LENGTHS),
         st.builds(_swap, position, position, _LENGTHS),
     ]
+    if not is_text:
+        steps.append(st.builds(_overwrite, position, _WIDTHS, _INTEGERS))
     if fields:
-        field = st.sampled_from(list(fields))
-        steps += [st.builds(lambda f, value: _overwrite(*f, value), field, _INTEGERS)] * 3
-        steps += [st.builds(lambda f, by: _add(*f, by), field, st.sampled_from([-1, 1, 32]))] * 2
-    return st.lists(st.one_of(steps), min_size=1, max_size=4).map(_one_after_another)
+        field = _ANY.map(lambda number: fields[number % len(fields)])
+        overwritten = st.builds(lambda f, value: _overwrite(*f, value), field, _INTEGERS)
+        changed = st.builds(lambda f, by: _add(*f, by), field, st.sampled_from([-1, 1, 32]))
+        step = weighted((4, overwritten), (3, changed), (5, st.one_of(steps)))
+    else:
+        step = st.one_of(steps)
+    one, several = (st.lists(step, min_size=low, max_size=high) for low, high in ((1, 1), (2, 3)))
+    return weighted((2, one), (1, several)).map(_one_after_another)
 
 
 def _one_after_another(steps: list[Mutation]) -> Mutation:
@@ -135,50 +149,44 @@ class _Object(list[tuple[str, Any]]):
     """The pairs of a JSON object: keys may occur twice."""
 
 
-_VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 7, 100, 4096, 2**30, 2**31, 2**53, 2**63, 2**64, -(2**63)),
+_NUMBERS: list[Any] = [
+    *(0, 1, -1, 2, 7, 95, 100, 4096, 2**30, 2**31, 2**53, 2**63, 2**64, -(2**63)),
     *(0.0, -0.5, 1.5, 1e-300, 1e300, 1e-8),
-    *(
-        "",
-        "x",
-        "\n",
-        "a\r\nb\u2028c",
-        "\0",
-        "../x",
-        "{{ 1 / 0 }}",
-        "{% for",
-        "[",
-        "\u2581",
-        "x" * 9000,
-    ),
-    *(
-        _Raw(text)
-        for text in ("NaN", "-Infinity", "Infinity", "1e999", "-1e999", "-0", '"\\ud800"')
-    ),
+    *(_Raw(text) for text in ("NaN", "-Infinity", "Infinity", "1e999", "-1e999", "-0")),
     *(_Raw("1" + "0" * size) for size in (30, 400, 5000)),
-    *(_Raw("[" * depth + "]" * depth) for depth in (1, 2, 60, 200, 900, 5000)),
+]
+_STRINGS: list[Any] = [
+    *("", "x", "a", "ab", "\n", "a\r\nb\u2028c", "\0", "../x", "[", "\u2581", "<0x41>", "<|end|>"),
+    *("{{ 1 / 0 }}", "{% for", "{{ messages }}", "x" * 9000, _Raw('"\\ud800"')),
+    *("BPE", "ByteLevel", "Metaspace", "qwen2", "full_attention", "linear", "F32", "I64"),
+]
+_LISTS: list[Any] = [
+    *(_Raw(text) for text in ("[]", "{}", "[0, null, []]", "[1e999]", "[[[]]]", "[" * 50_000, "")),
+    *(_Raw("[" * depth + "]" * depth) for depth in (60, 90, 200, 900, 5000)),
     *(_Raw('{"a":' * depth + "1" + "}" * depth) for depth in (1, 50, 900, 5000)),
-    *(_Raw("[" * 50_000), _Raw(""), _Raw("{}"), _Raw("[0, null, []]"), _Raw("[1e999]")),
     _Raw("[" + "[]," * 9000 + "0]"),
 ]
+_CONSTANTS = [None, True, False]
+_VALUES = [*_NUMBERS, *_STRINGS, *_LISTS, *_CONSTANTS]
 
 
 def json_mutations() -> st.SearchStrategy[Mutation]:
-    """One to three changes of values, keys and their order in a JSON file.
+    """One or two changes of values, keys and their order in a JSON file.
 
     A node is found by going down a level at a time, so that a large list does not draw everything.
     """
     path = st.lists(_ANY, min_size=1, max_size=7)
-    replace = st.builds(_replaced, path, st.sampled_from(_VALUES))
+    names = st.sampled_from(["", "x", "type", "model", "id", "\ud800"])
     steps = [
-        replace,
-        replace,
-        st.builds(_copied, path, path),
-        st.builds(_instead, st.sampled_from(_VALUES)),
-        st.builds(_renamed, path, st.sampled_from(["", "x", "type", "model", "id", "\ud800"])),
-        *(st.builds(change, path) for change in (_dropped, _doubled, _wrapped, _keyed, _negated)),
+        (2, st.builds(_replaced, path, st.sampled_from(_VALUES))),
+        (4, st.builds(_of_its_kind, path, _ANY)),
+        (3, st.builds(_nudged, path, _ANY)),
+        (2, st.builds(_copied, path, path)),
+        (1, st.builds(_renamed, path, names)),
+        (2, st.builds(_dropped, path)),
+        *((1, st.builds(change, path)) for change in (_doubled, _wrapped, _keyed)),
     ]
-    several = st.lists(st.one_of(steps), min_size=1, max_size=3)
+    several = st.lists(weighted(*steps), min_size=1, max_size=2)
 
     def as_mutation(changes: list[Callable[[Any], Any]]) -> Mutation:
         def mutate(data: bytes) -> bytes:
@@ -234,11 +242,30 @@ def _keyed(path: list[int]) -> Callable[[Any], Any]:
     return lambda value: _changed(value, path, lambda name, old: [(name, _Object([("a", old)]))])
 
 
-def _negated(path: list[int]) -> Callable[[Any], Any]:
-    def negate(name: Any, old: Any) -> list[tuple[Any, Any]]:
-        return [(name, -old if type(old) in (int, float) else old)]
+def _of_its_kind(path: list[int], number: int) -> Callable[[Any], Any]:
+    """Another value of the type that is there."""
+    kinds = {int: _NUMBERS, float: _NUMBERS, str: _STRINGS, bool: _CONSTANTS}
 
-    return lambda value: _changed(value, path, negate)
+    def choose(name: Any, old: Any) -> list[tuple[Any, Any]]:
+        values = kinds.get(type(old), _LISTS)
+        return [(name, values[number % len(values)])]
+
+    return lambda value: _changed(value, path, choose)
+
+
+def _nudged(path: list[int], number: int) -> Callable[[Any], Any]:
+    """A little other than it was: a number near by, a text or a list with a part less or more."""
+
+    def nudge(name: Any, old: Any) -> list[tuple[Any, Any]]:
+        if type(old) in (int, float):
+            return [(name, (old + 1, old - 1, -old, old * 2, old * 1000)[number % 5])]
+        if isinstance(old, str | list) and old:
+            at = number % len(old)
+            new = old[:at] + old[at + 1 :] if number & 1 << 20 else old[at:] + old
+            return [(name, type(old)(new))]
+        return [(name, old)]
+
+    return lambda value: _changed(value, path, nudge)
 
 
 def _dropped(path: list[int]) -> Callable[[Any], Any]:
@@ -266,7 +293,3 @@ def _copied(path: list[int], source: list[int]) -> Callable[[Any], Any]:
         return _changed(value, path, lambda name, _: [(name, found)])
 
     return copy
-
-
-def _instead(new: Any) -> Callable[[Any], Any]:
-    return lambda _: new

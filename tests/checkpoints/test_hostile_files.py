@@ -6,6 +6,8 @@ there. Python's and numpy's memory is counted by tracemalloc, array by array, to
 of the libraries underneath (tokenizers, safetensors, XLA) by the kernel, page by page.
 """
 
+import gc
+import re
 import time
 import tracemalloc
 from collections import Counter
@@ -25,7 +27,7 @@ from checkpoints.orbax import OrbaxCheckpoint
 from scripts.peak_memory import PeakMemory
 from serving.tokenizer import Tokenizer
 from tests.checkpoints import hostile_corpus as corpus
-from tests.checkpoints.mutations import Mutation, byte_mutations, json_mutations
+from tests.checkpoints.mutations import Mutation, byte_mutations, json_mutations, weighted
 from tests.checkpoints.test_load import abstract_parameters
 
 # A tenth of a second is usual here, tracing memory and looking at a new shape included; what has
@@ -39,6 +41,8 @@ MAX_CONSTANT = 4 << 20
 MAX_RESIDENT_CONSTANT = 64 << 20
 MAX_MESSAGE = 2000
 
+# No explanations of failures: they take as long again.
+_PHASES = (Phase.generate, Phase.shrink)
 TEXT = "ab 12, <|end|> \u00e4\u4e2d <tool>"
 CHAT = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "ab"}]
 
@@ -71,8 +75,9 @@ class Case:
 
     path: Path
     damaged: Path
-    sound: bytes
-    outcomes: Counter[str] = field(default_factory=Counter)
+    sound: bytes = field(repr=False)
+    outcomes: Counter[str] = field(default_factory=Counter, repr=False)
+    reasons: Counter[str] = field(default_factory=Counter, repr=False)
 
     def check(self, mutate: Mutation) -> None:
         data = mutate(self.sound)
@@ -88,6 +93,7 @@ class Case:
         except ValueError as error:
             self.outcomes["refused"] += 1
             message = str(error)
+            self.reasons[re.sub(r"\d+|'[^']*'", "#", message.split(": ", 1)[-1])[:40]] += 1
             # The file itself, or the folder or the set that it is part of.
             assert str(folder) in message, message[:MAX_MESSAGE]
             assert len(message.splitlines()) == 1, message[:MAX_MESSAGE]
@@ -148,44 +154,48 @@ def safetensors_mutations(case: Case) -> st.SearchStrategy[Mutation]:
 
         return changed
 
-    return st.one_of(byte_mutations(header, length), in_header.map(with_header))
+    return weighted((1, byte_mutations(header, length)), (2, in_header.map(with_header)))
 
 
 def text_mutations(case: Case) -> st.SearchStrategy[Mutation]:
-    json = json_mutations()
-    return st.one_of(json, json, json, byte_mutations(len(case.sound)))
+    in_text = byte_mutations(len(case.sound), is_text=True)
+    return weighted((6, json_mutations()), (1, in_text))
 
 
 G, S, T = gguf_mutations, safetensors_mutations, text_mutations
 folders, pieces = corpus.write_folder, corpus.write_sentence_piece_folder
 CASES: dict[str, tuple[int, Callable[[Path], Case], Callable[[Case], Any]]] = {
-    "llama": (300, lambda f: gguf_case(corpus.write_sentence_piece_llama, f), G),
+    "llama": (250, lambda f: gguf_case(corpus.write_sentence_piece_llama, f), G),
     "qwen2": (250, lambda f: gguf_case(corpus.write_byte_level_qwen2, f), G),
     "experts": (200, lambda f: gguf_case(corpus.write_mixture, f), G),
     "shard 1": (150, lambda f: shard_case(1, f), G),
     "shard 2": (100, lambda f: shard_case(2, f), G),
-    "safetensors": (250, lambda f: folder_case(folders, "model.safetensors", f), S),
+    "safetensors": (150, lambda f: folder_case(folders, "model.safetensors", f), S),
     "index": (
         80,
         lambda f: folder_case(folders, "model.safetensors.index.json", f, num_files=2),
         T,
     ),
-    "config": (120, lambda f: folder_case(folders, "config.json", f), T),
-    "experts' config": (80, lambda f: folder_case(folders, "config.json", f, has_experts=True), T),
-    "tokenizer": (120, lambda f: folder_case(folders, "tokenizer.json", f), T),
-    "sentence piece": (130, lambda f: folder_case(pieces, "tokenizer.json", f), T),
+    "config": (180, lambda f: folder_case(folders, "config.json", f), T),
+    "experts' config": (120, lambda f: folder_case(folders, "config.json", f, has_experts=True), T),
+    "tokenizer": (150, lambda f: folder_case(folders, "tokenizer.json", f), T),
+    "sentence piece": (150, lambda f: folder_case(pieces, "tokenizer.json", f), T),
     "tokenizer_config": (60, lambda f: folder_case(folders, "tokenizer_config.json", f), T),
     "generation_config": (60, lambda f: folder_case(folders, "generation_config.json", f), T),
-    "jaxinfer.json": (60, lambda f: folder_case(corpus.write_converted, "jaxinfer.json", f), T),
-    "vocabulary": (40, lambda f: folder_case(corpus.write_converted, "vocabulary.json", f), T),
+    "jaxinfer.json": (50, lambda f: folder_case(corpus.write_converted, "jaxinfer.json", f), T),
+    "vocabulary": (50, lambda f: folder_case(corpus.write_converted, "vocabulary.json", f), T),
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def traced() -> Iterator[None]:
+    """Counts memory. What was there before is left out of collections, which then take no time."""
+    gc.collect()
+    gc.freeze()
     tracemalloc.start()
     yield
     tracemalloc.stop()
+    gc.unfreeze()
 
 
 def test_there_are_2000() -> None:
@@ -198,14 +208,15 @@ def test_read_or_refused(tmp_path: Path, name: str) -> None:
     case = make(tmp_path)
     use(case.path)  # it is sound, and what is imported and compiled once is not counted
 
-    @settings(max_examples=number, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @settings(max_examples=number, suppress_health_check=list(HealthCheck), phases=_PHASES)
     @given(mutations(case))
     def check(mutate: Mutation) -> None:
         case.check(mutate)
 
     check()
     # Neither harmless damage alone, nor only what the first check notices.
-    print(name, case.outcomes)
+    print(name, case.outcomes, len(case.reasons), [c for _, c in case.reasons.most_common(5)])
     assert case.outcomes.total() == number
-    assert case.outcomes["read"] >= number // 50
+    assert case.outcomes["read"] >= number // 20
     assert case.outcomes["refused"] >= number // 10
+    assert len(case.reasons) >= 3

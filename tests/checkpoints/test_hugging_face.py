@@ -1,6 +1,8 @@
 """Hugging Face folders of every family against the tensors they were made of, and damaged ones."""
 
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoints.hugging_face import HuggingFaceCheckpoint
+from checkpoints.json_file import read_json
 from checkpoints.load import open_checkpoint
 from tests.checkpoints.family_folder import DTYPES, write_folder
 from tests.jaxinfer.models.random_checkpoint import CASES, RandomCheckpoint
@@ -64,6 +67,7 @@ def test_unknown_tensor(tmp_path: Path) -> None:
         ({"model_type": 3}, "model_type must be"),
         ({"num_hidden_layers": 3}, r"tensor 'model.layers.2.* is missing"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": 4096}, "4096 layers, but there are only 25 tensors"),
         ({"num_hidden_layers": 1}, "tensors that a qwen3 model does not have, 'model.layers.1"),
         ({"intermediate_size": 104}, r"has shape \(96, 96\), the model needs \(96, 104\)"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
@@ -107,6 +111,50 @@ def test_indices_that_are_refused(tmp_path: Path, weight_map: Any, match: str) -
         open_checkpoint(tmp_path)
 
 
+def test_a_configuration_with_more_experts_than_tensors(tmp_path: Path) -> None:
+    """A name is made for every expert of every layer: here a hundred gigabytes of names."""
+    write_folder(tmp_path, "qwen3_moe", changes={"num_experts": 1 << 30})
+    with pytest.raises(ValueError, match=r"2 layers of 1073741824 experts, but there are only"):
+        open_checkpoint(tmp_path)
+
+
+def test_json_is_read_in_the_memory_of_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    tracemalloc.start()
+    assert read_json(path, 1 << 28) == {"a": 1}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_key_that_occurs_twice_among_many(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("{" + "".join(f'"{n}": 0, ' for n in range(100_000)) + '"99999": 0}')
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="a.json: not valid: key '99999' occurs twice"):
+        read_json(path, 1 << 28)
+    assert time.monotonic() - start < 5  # 0.1 s; one after the other with all others, minutes
+
+
+def test_file_names_of_an_index_are_shown_in_one_line(tmp_path: Path) -> None:
+    write_folder(tmp_path, "qwen3", num_files=2)
+    index = {"weight_map": {"a": "a\nb.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'a\\nb.safetensors' is no name of a safetensors file"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_words_of_the_library_are_cut(tmp_path: Path) -> None:
+    write_folder(tmp_path, "qwen3")
+    header = json.dumps("x" * 9000).encode()
+    data = len(header).to_bytes(8, "little") + header
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged or not fetched to the end: .*xxx") as error:
+        open_checkpoint(tmp_path)
+    assert len(str(error.value)) < 600
+
+
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     write_folder(tmp_path, "qwen3", num_files=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
@@ -144,6 +192,8 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
         ('{"a": NaN}', "NaN is no JSON"),
         ('{"a": 1, "a": 2}', "key 'a' occurs twice"),
         ('{"a":' * 100_000, "nested too deeply"),
+        ('{"a":' * 101 + "1" + "}" * 101, "nested too deeply"),
+        ('{"a": 1%s}' % ("0" * 400), "a number has 401 digits, more than the limit of 40"),
         (" " * ((1 << 20) + 1), "larger than the limit of 1048576 bytes"),
         ("\udcff", "not UTF-8 at byte 0"),
     ],

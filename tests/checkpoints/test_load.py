@@ -196,3 +196,12 @@ def test_numbers_that_are_not_finite_are_named() -> None:
         ValueError, match=r"\('layers', 1, 'attention', 'qkv'\) has values that are not finite"
     ):
         load_parameters(source, abstract_parameters(source.model))
+
+
+def test_a_file_with_numbers_that_are_not_finite_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    data = tiny_gguf.llama_bytes()
+    path.write_bytes(data[:-4] + np.float32(np.inf).tobytes())
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(ValueError, match=r"tiny.gguf: parameter \(.* not finite"):
+        load_parameters(checkpoint, abstract_parameters(checkpoint.model))

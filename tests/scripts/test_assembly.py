@@ -12,6 +12,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.sharding import make_mesh
 from scripts import engine_sizes
 from scripts.assembly import parse_bytes
+from tests.checkpoints.tiny_gguf import STRING, llama_bytes
 from tests.jaxinfer.tiny import tiny_model
 from tests.scripts.conftest import Run
 
@@ -69,6 +70,13 @@ def test_models_that_are_not_there(run: Run, tmp_path: Path) -> None:
         path.write_bytes(content)
         assert "broken.gguf" in run("generate", "--quiet", "abc", model=str(path)).error
     assert run("generate", "--quiet", "abc", model=str(tmp_path)).error.startswith("error: ")
+
+
+def test_a_tokenizer_that_cannot_be_built_is_named(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(llama_bytes(tokenizer__ggml__pre=(STRING, "unknown")))
+    error = run("generate", "--quiet", "abc", model=str(path)).error
+    assert f"{path}: pre-tokenizer 'unknown' is not supported" in error
 
 
 @pytest.mark.parametrize("platform", [["--gpu"], ["--tpu", "v5e"]])
