@@ -18,7 +18,7 @@ from tests.checkpoints import tiny_gguf
 from tests.checkpoints.family_folder import write_tokenizer
 from tests.checkpoints.tiny_gguf import ARRAY, BOOL, FLOAT32, INT32, Q4_0, STRING, UINT16, UINT32
 
-TEMPLATE = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m.content | trim }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m['role'] + m.content | trim }}{% endfor %}"
 _SIZES: dict[str, Any] = {
     "vocab_size": 104,
     "hidden_size": 32,
@@ -112,7 +112,7 @@ def write_folder(folder: Path, has_experts: bool = False, num_files: int = 1) ->
     if num_files > 1:
         index = {"metadata": {"total_size": 1}, "weight_map": placed}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder, config["vocab_size"])
+    write_tokenizer(folder, _SIZES["vocab_size"])
     settings = {
         "bos_token": {"content": "a", "special": False},
         "eos_token": "<|end|>",

@@ -55,8 +55,8 @@ def byte_mutations(
         steps.append(st.builds(_overwrite, position, _WIDTHS, _INTEGERS))
     if fields:
         field = _ANY.map(lambda number: fields[number % len(fields)])
-        overwritten = st.builds(lambda f, value: _overwrite(*f, value), field, _INTEGERS)
-        changed = st.builds(lambda f, by: _add(*f, by), field, st.sampled_from([-1, 1, 32]))
+        overwritten = st.builds(lambda f, new: _overwrite(f[0], f[1], new), field, _INTEGERS)
+        changed = st.builds(lambda f, by: _add(f[0], f[1], by), field, st.sampled_from([-1, 1, 32]))
         step = weighted((4, overwritten), (3, changed), (5, st.one_of(steps)))
     else:
         step = st.one_of(steps)
@@ -158,7 +158,18 @@ _NUMBERS: list[Any] = [
 _STRINGS: list[Any] = [
     *("", "x", "a", "ab", "\n", "a\r\nb\u2028c", "\0", "../x", "[", "\u2581", "<0x41>", "<|end|>"),
     *("{{ 1 / 0 }}", "{% for", "{{ messages }}", "x" * 9000, _Raw('"\\ud800"')),
-    *("BPE", "ByteLevel", "Metaspace", "qwen2", "full_attention", "linear", "F32", "I64"),
+    *(
+        "BPE",
+        "ByteLevel",
+        "Metaspace",
+        "qwen2",
+        "full_attention",
+        "linear",
+        "F32",
+        "F16",
+        "BF16",
+        "I16",
+    ),
 ]
 _LISTS: list[Any] = [
     *(_Raw(text) for text in ("[]", "{}", "[0, null, []]", "[1e999]", "[[[]]]", "[" * 50_000, "")),
@@ -220,7 +231,7 @@ def _changed(value: Any, path: Sequence[int], change: _Change) -> Any:
     if not isinstance(value, list) or not value:
         return value
     is_object = isinstance(value, _Object)
-    pairs = list(value) if is_object else [(None, item) for item in value]
+    pairs: list[Any] = list(value) if is_object else [(None, item) for item in value]
     at = path[0] % len(pairs)
     name, child = pairs[at]
     if len(path) > 1 and isinstance(child, list) and child:
@@ -259,10 +270,12 @@ def _nudged(path: list[int], number: int) -> Callable[[Any], Any]:
     def nudge(name: Any, old: Any) -> list[tuple[Any, Any]]:
         if type(old) in (int, float):
             return [(name, (old + 1, old - 1, -old, old * 2, old * 1000)[number % 5])]
-        if isinstance(old, str | list) and old:
-            at = number % len(old)
-            new = old[:at] + old[at + 1 :] if number & 1 << 20 else old[at:] + old
-            return [(name, type(old)(new))]
+        at = number % len(old) if isinstance(old, str | list) and old else 0
+        if isinstance(old, str) and old:
+            return [(name, (old[:at] + old[at + 1 :], old[at:] + old)[number >> 20 & 1])]
+        if isinstance(old, list) and old:
+            several = [old[:at], old[at + 1 :], old[::-1], [*old[at:], *old[:at]]]
+            return [(name, type(old)(several[number >> 20 & 3]))]
         return [(name, old)]
 
     return lambda value: _changed(value, path, nudge)

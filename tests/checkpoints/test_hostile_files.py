@@ -42,6 +42,7 @@ MAX_RESIDENT_CONSTANT = 64 << 20
 MAX_MESSAGE = 2000
 
 # No explanations of failures: they take as long again.
+_UNHURRIED = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 _PHASES = (Phase.generate, Phase.shrink)
 TEXT = "ab 12, <|end|> \u00e4\u4e2d <tool>"
 CHAT = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "ab"}]
@@ -93,7 +94,7 @@ class Case:
         except ValueError as error:
             self.outcomes["refused"] += 1
             message = str(error)
-            self.reasons[re.sub(r"\d+|'[^']*'", "#", message.split(": ", 1)[-1])[:40]] += 1
+            self.reasons[re.sub(r"\d+|'[^']*'", "#", message)[-40:]] += 1
             # The file itself, or the folder or the set that it is part of.
             assert str(folder) in message, message[:MAX_MESSAGE]
             assert len(message.splitlines()) == 1, message[:MAX_MESSAGE]
@@ -180,10 +181,10 @@ CASES: dict[str, tuple[int, Callable[[Path], Case], Callable[[Case], Any]]] = {
     "experts' config": (120, lambda f: folder_case(folders, "config.json", f, has_experts=True), T),
     "tokenizer": (150, lambda f: folder_case(folders, "tokenizer.json", f), T),
     "sentence piece": (150, lambda f: folder_case(pieces, "tokenizer.json", f), T),
-    "tokenizer_config": (60, lambda f: folder_case(folders, "tokenizer_config.json", f), T),
-    "generation_config": (60, lambda f: folder_case(folders, "generation_config.json", f), T),
-    "jaxinfer.json": (50, lambda f: folder_case(corpus.write_converted, "jaxinfer.json", f), T),
-    "vocabulary": (50, lambda f: folder_case(corpus.write_converted, "vocabulary.json", f), T),
+    "tokenizer_config": (75, lambda f: folder_case(folders, "tokenizer_config.json", f), T),
+    "generation_config": (75, lambda f: folder_case(folders, "generation_config.json", f), T),
+    "jaxinfer.json": (30, lambda f: folder_case(corpus.write_converted, "jaxinfer.json", f), T),
+    "vocabulary": (40, lambda f: folder_case(corpus.write_converted, "vocabulary.json", f), T),
 }
 
 
@@ -208,15 +209,14 @@ def test_read_or_refused(tmp_path: Path, name: str) -> None:
     case = make(tmp_path)
     use(case.path)  # it is sound, and what is imported and compiled once is not counted
 
-    @settings(max_examples=number, suppress_health_check=list(HealthCheck), phases=_PHASES)
+    @settings(max_examples=number, suppress_health_check=_UNHURRIED, phases=_PHASES)
     @given(mutations(case))
     def check(mutate: Mutation) -> None:
         case.check(mutate)
 
     check()
     # Neither harmless damage alone, nor only what the first check notices.
-    print(name, case.outcomes, len(case.reasons), [c for _, c in case.reasons.most_common(5)])
     assert case.outcomes.total() == number
-    assert case.outcomes["read"] >= number // 20
+    assert case.outcomes["read"] >= number // 50  # of safetensors the library refuses nearly all
     assert case.outcomes["refused"] >= number // 10
-    assert len(case.reasons) >= 3
+    assert len(case.reasons) >= 4

@@ -132,7 +132,7 @@ def test_a_key_that_occurs_twice_among_many(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("{" + "".join(f'"{n}": 0, ' for n in range(100_000)) + '"99999": 0}')
     start = time.monotonic()
-    with pytest.raises(ValueError, match="a.json: not valid: key '99999' occurs twice"):
+    with pytest.raises(ValueError, match=r"a.json: not valid: key '99999' occurs twice"):
         read_json(path, 1 << 28)
     assert time.monotonic() - start < 5  # 0.1 s; one after the other with all others, minutes
 
@@ -150,7 +150,7 @@ def test_the_words_of_the_library_are_cut(tmp_path: Path) -> None:
     header = json.dumps("x" * 9000).encode()
     data = len(header).to_bytes(8, "little") + header
     (tmp_path / "model.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="damaged or not fetched to the end: .*xxx") as error:
+    with pytest.raises(ValueError, match=r"damaged or not fetched to the end: .*xxx") as error:
         open_checkpoint(tmp_path)
     assert len(str(error.value)) < 600
 
