@@ -134,7 +134,9 @@ class _Fields(GGUFFile):
     def _take(self, num_bytes: int, what: str) -> int:
         start = super()._take(num_bytes, what)
         if num_bytes in (1, 2, 4, 8):
-            self.found.append((start, num_bytes))
+            # Memory is taken by counts and by the lengths of values; tensors have most integers.
+            is_size = "count" in what or what.startswith("the length of '")
+            self.found += [(start, num_bytes)] * (6 if is_size else 1)
         return start
 
 
