@@ -5,6 +5,7 @@ never ignored. No code of a folder is run.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class HuggingFaceCheckpoint:
                     )
                 self._files.check_dtype(name)
                 known.add(name)
+        self._check_tied_head(found)
         ignored = self._family.hugging_face_ignored
         unknown = sorted(
             name
@@ -125,6 +127,19 @@ class HuggingFaceCheckpoint:
                 f"{self.path}: {len(unknown)} tensors that a {self.model.architecture} model "
                 f"does not have, {unknown[0]!r:.120} the first"
             )
+
+    def _check_tied_head(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """A head that is tied and saved all the same is the embedding: else one of them is lost."""
+        head = next((name for name in found if name.endswith("lm_head.weight")), None)
+        if not self.model.tie_word_embeddings or head is None:
+            return
+        (embedding,) = self._places["embed_tokens"].names
+        if found[head] == found[embedding] and self._files.are_equal(head, embedding):
+            return
+        raise ValueError(
+            f"{self.path}: {CONFIG} has tie_word_embeddings, but {head!r} is not {embedding!r}: "
+            "set it to false if the head counts, or remove that tensor"
+        )
 
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:

@@ -37,6 +37,10 @@ class Fields:
         """Whether a field is there."""
         return self._fields.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and null, where that is not the same as none at all."""
+        return name in self._fields and self._fields[name] is None
+
     def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
         """A whole number in [low, MAX_SIZE]."""
         value = self._get(name, default)
@@ -98,7 +102,7 @@ class Fields:
         """Refuses a field that is there with a value not among ``allowed``."""
         value = self._fields.get(name)
         if value is not None and not any(type(x) is type(value) and x == value for x in allowed):
-            only = " or ".join(repr(x) for x in allowed)
+            only = " or ".join(f"{x!r:.80}" for x in allowed)
             ending = f"; only {only} is supported" if allowed else ", which is not supported"
             raise ValueError(f"{self._where}{name} is {value!r:.80}{ending}")
 
@@ -158,23 +162,45 @@ def window_fields(fields: Fields, num_layers: int) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": types}
 
 
+def single_window(fields: Fields, num_layers: int) -> dict[str, Any]:
+    """``sliding_window`` of a family whose layers are all alike.
+
+    Refuses ``layer_types`` that say otherwise: transformers does not look at them.
+    """
+    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
+    wanted = "full_attention" if window is None else "sliding_attention"
+    fields.expect("layer_types", [wanted] * num_layers)
+    return {"sliding_window": window}
+
+
+def uses_windows(fields: Fields) -> bool:
+    """Qwen's ``use_sliding_window``; refuses ``layer_types`` with windows where it is not set."""
+    if fields.boolean("use_sliding_window", False):
+        return True
+    if fields.has("layer_types") and "sliding_attention" in fields.texts("layer_types"):
+        raise ValueError("layer_types has sliding_attention, but use_sliding_window is not true")
+    return False
+
+
 def rope_fields(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from ``rope_theta`` and ``rope_scaling`` or from ``rope_parameters``."""
-    if fields.has("rope_parameters"):
-        rope = fields.fields("rope_parameters")
-        return rope.number("rope_theta", 10000.0), rope_scaling(rope, fields)
+    """Base and scaling, from ``rope_scaling``, else ``rope_parameters``, else ``rope_theta``.
+
+    In this order, which is that of transformers, where a file has several of them.
+    """
     theta = fields.number("rope_theta", 10000.0)
-    if not fields.has("rope_scaling"):
-        return theta, None
-    return theta, rope_scaling(fields.fields("rope_scaling"), fields)
+    for name in ("rope_scaling", "rope_parameters"):
+        if fields.has(name):
+            rope = fields.fields(name)
+            return rope.number("rope_theta", theta), rope_scaling(rope, fields)
+    return theta, None
 
 
 def rope_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
     """A rule for stretched frequencies; ``fields`` are those of the model around it."""
     kind = rope.text("rope_type", rope.text("type", "default"))
     context = fields.integer("max_position_embeddings")
-    original = fields.integer("original_max_position_embeddings", context)
-    original = rope.integer("original_max_position_embeddings", original)
+    original = rope.integer("original_max_position_embeddings", context)
+    original = fields.integer("original_max_position_embeddings", original)
     match kind:
         case "default":
             return None
@@ -206,8 +232,8 @@ def rope_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
                 beta_slow=rope.number("beta_slow", 1.0),
                 attention_factor=rope.number("attention_factor", _yarn_attention_factor(factor)),
             )
-        case "longrope":
-            factor = max(1.0, context / original)
+        case "longrope" | "su":  # what it was called at first
+            factor = max(1.0, rope.number("factor", context / original))
             grown = math.sqrt(1 + math.log(factor) / math.log(original)) if original > 1 else 1.0
             return RopeScaling(
                 "longrope",

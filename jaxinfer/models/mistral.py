@@ -10,7 +10,9 @@ from jaxinfer.models.llama import Llama
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """A Mistral; a window that is null is none."""
+    """A Mistral; a window that is null is none, and one that nobody speaks of is of 4,096."""
+    if not fields.is_null("sliding_window"):
+        fields = fields.with_defaults({"sliding_window": 4096})
     common = common_fields(fields)
     return ModelConfig(**common, **window_fields(fields, common["num_hidden_layers"]))
 

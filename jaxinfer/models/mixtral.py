@@ -8,7 +8,7 @@ from jaxinfer.models.attention import Attention
 from jaxinfer.models.decoder import Decoder, PreNormLayer
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import MixtureOfExperts
-from jaxinfer.models.fields import Fields, common_fields, window_fields
+from jaxinfer.models.fields import Fields, common_fields, single_window
 
 
 class Mixtral(Decoder):
@@ -27,10 +27,11 @@ class Mixtral(Decoder):
 
 def read_config(fields: Fields) -> ModelConfig:
     """A Mixtral; the weights of a token's experts always add up to 1."""
+    fields = fields.with_defaults({"rms_norm_eps": 1e-5, "rope_theta": 1e6})
     common = common_fields(fields)
     return ModelConfig(
         **common,
-        **window_fields(fields, common["num_hidden_layers"]),
+        **single_window(fields, common["num_hidden_layers"]),
         num_experts=fields.integer("num_local_experts"),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
     )

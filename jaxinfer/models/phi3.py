@@ -7,15 +7,17 @@ context, and computes all of it again.)
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.family import Family
-from jaxinfer.models.fields import Fields, common_fields, window_fields
+from jaxinfer.models.fields import Fields, common_fields, single_window
 from jaxinfer.models.llama import Llama
 
 
 def read_config(fields: Fields) -> ModelConfig:
     """A Phi-3; with ``partial_rotary_factor`` only the first dimensions of a head are rotated."""
     fields.expect("attention_bias", False)
+    defaults = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
+    fields = fields.with_defaults(defaults)
     common = common_fields(fields)
-    windows = window_fields(fields, common["num_hidden_layers"])
+    windows = single_window(fields, common["num_hidden_layers"])
     # A window as long as the context is none.
     if (windows["sliding_window"] or 0) >= common["max_position_embeddings"]:
         windows = {}

@@ -10,7 +10,7 @@ from jaxinfer.models.attention import Attention
 from jaxinfer.models.decoder import Decoder, PreNormLayer
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import GatedMLP
-from jaxinfer.models.fields import Fields, common_fields, window_fields
+from jaxinfer.models.fields import Fields, common_fields, uses_windows, window_fields
 
 
 class Qwen2(Decoder):
@@ -37,7 +37,7 @@ def qwen_windows(fields: Fields, num_layers: int) -> dict[str, Any]:
     """Windows of Qwen2 and 3: a ``sliding_window`` counts only with ``use_sliding_window``, and
     then from layer ``max_window_layers`` on, unless ``layer_types`` says which.
     """
-    if not fields.boolean("use_sliding_window", False):
+    if not uses_windows(fields):
         return {}
     windows = window_fields(fields, num_layers)
     first = fields.integer("max_window_layers", 28, low=0)

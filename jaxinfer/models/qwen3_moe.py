@@ -8,8 +8,7 @@ from jaxinfer.models.attention import Attention
 from jaxinfer.models.decoder import Decoder, PreNormLayer
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import MixtureOfExperts
-from jaxinfer.models.fields import Fields, common_fields
-from jaxinfer.models.qwen2 import qwen_windows
+from jaxinfer.models.fields import Fields, common_fields, single_window, uses_windows
 
 
 class Qwen3Moe(Decoder):
@@ -33,13 +32,16 @@ def read_config(fields: Fields) -> ModelConfig:
     fields.expect("decoder_sparse_step", 1)
     fields.expect("mlp_only_layers", [])
     common = common_fields(fields)
-    common["head_dim"] = fields.integer("head_dim", 128)
     common["intermediate_size"] = fields.integer("moe_intermediate_size")
     # Later versions of transformers write what Mixtral calls it.
     experts = "num_experts" if fields.has("num_experts") else "num_local_experts"
+    # Where windows are used, all layers have one: max_window_layers is not looked at.
+    windows = {}
+    if uses_windows(fields):
+        windows = single_window(fields, common["num_hidden_layers"])
     return ModelConfig(
         **common,
-        **qwen_windows(fields, common["num_hidden_layers"]),
+        **windows,
         num_experts=fields.integer(experts),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         norm_topk_prob=fields.boolean("norm_topk_prob", False),

@@ -13,6 +13,7 @@ from checkpoints.hugging_face import HuggingFaceCheckpoint
 from checkpoints.json_file import read_json
 from checkpoints.load import open_checkpoint
 from tests.checkpoints.family_folder import DTYPES, write_folder
+from tests.data.random_family import draw
 from tests.jaxinfer.models.random_checkpoint import CASES, RandomCheckpoint
 
 FORMS = {"one file": ("F32", 1), "three bf16 files": ("BF16", 3), "two f16 files": ("F16", 2)}
@@ -42,12 +43,22 @@ def test_the_text_part_of_a_gemma_that_sees_images(tmp_path: Path) -> None:
 
 def test_harmless_extras(tmp_path: Path) -> None:
     """A tied head saved all the same, and buffers of older versions."""
+    embedding = draw("qwen2", "model.embed_tokens.weight", (97, 112))
     extra = {
-        "lm_head.weight": np.zeros((97, 112), np.float32),
+        "lm_head.weight": embedding,
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
     }
     write_folder(tmp_path, "qwen2", extra=extra)
     assert open_checkpoint(tmp_path).model.tie_word_embeddings
+
+
+def test_a_tied_head_that_is_another_matrix(tmp_path: Path) -> None:
+    """transformers takes it or not, by its version; here nothing is lost silently."""
+    head = draw("qwen2", "model.embed_tokens.weight", (97, 112)).copy()
+    head[96, 111] += 1
+    write_folder(tmp_path, "qwen2", extra={"lm_head.weight": head})
+    with pytest.raises(ValueError, match=r"tie_word_embeddings, but 'lm_head\.weight' is"):
+        HuggingFaceCheckpoint(tmp_path)
 
 
 def test_unknown_tensor(tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "rope_parameters": _rope(),
     },
+    # All layers have the window: max_window_layers does not count, as it does in Qwen3.
+    "qwen3_moe_window": {
+        **_QWEN_3_MOE,
+        "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+        "rope_parameters": _rope(),
+    },
 }
 
 
