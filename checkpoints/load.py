@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +24,7 @@ from jaxinfer.config import AnyTokenizer, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, physical_shape, place
+from jaxinfer.weights import Quantizer
 
 # Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
 NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -100,11 +101,13 @@ def load_parameters(
     abstract: Mapping[Any, Any],
     progress: Callable[[int, int], None] | None = None,
     num_devices: int = 1,
+    quantizers: Mapping[ParameterPath, Quantizer] = MappingProxyType({}),
 ) -> dict[Any, Any]:
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
     ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``, the
     parameters of the model's own module; checkpoints/parameters.py says what each is made of.
+    A matrix that ``quantizers`` name is a dict there, of the arrays that its quantizer makes.
 
     ``num_devices`` is what ``abstract`` was made for: its shapes are those of ``physical_model``,
     and heads are repeated and ends padded with zeros accordingly.
@@ -112,24 +115,37 @@ def load_parameters(
     parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
     naming the paths that are missing, unknown, of another shape, or not finite (and their file).
     """
-    wanted = dict(_leaves(abstract, ()))
+    wanted: dict[ParameterPath, Any] = dict(_leaves(abstract, (), quantizers))
     model = checkpoint.model
-    _check_paths(wanted, model, num_devices)
+    _check_paths(wanted, model, num_devices, quantizers)
     if isinstance(checkpoint, OrbaxCheckpoint):
+        if quantizers:
+            raise ValueError(
+                f"{checkpoint.folder}: a converted folder cannot be quantized yet: give --quantize "
+                "with what it was converted from"
+            )
         return _like(abstract, (), checkpoint.restore(wanted, num_devices, progress))
     shapes = parameter_shapes(model)
 
-    def make(path: ParameterPath) -> jax.Array:
-        dtype, is_tied = np.dtype(wanted[path].dtype), model.tie_word_embeddings
+    def make(path: ParameterPath) -> Any:
+        quantize = quantizers.get(path)
+        dtype = np.dtype(np.float32 if quantize else wanted[path].dtype)
+        is_tied = model.tie_word_embeddings
         array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
         _check_finite(array, path, checkpoint)
         physical = physical_model(model, num_devices)
-        return place(physical_parameter(str(path[-1]), array, model, physical), wanted[path])
+        array = physical_parameter(str(path[-1]), array, model, physical)
+        if quantize is None:
+            return place(array, wanted[path])
+        return {
+            name: place(np.asarray(made), wanted[path][name])
+            for name, made in quantize(array).items()
+        }
 
-    loaded: dict[ParameterPath, jax.Array] = {}
+    loaded: dict[ParameterPath, Any] = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         # The largest first, so that no thread is left alone with it at the end.
-        order = sorted(wanted, key=lambda path: -math.prod(wanted[path].shape))
+        order = sorted(wanted, key=lambda path: -math.prod(shapes[path]))
         futures = {pool.submit(make, path): path for path in order}
         try:
             for future in as_completed(futures):
@@ -142,21 +158,27 @@ def load_parameters(
     return _like(abstract, (), loaded)
 
 
-def _leaves(tree: Any, path: ParameterPath):
-    if isinstance(tree, Mapping):
+def _leaves(tree: Any, path: ParameterPath, quantizers: Mapping[ParameterPath, Quantizer]):
+    """Arrays by their paths; a quantized matrix is one, with all that it has."""
+    if isinstance(tree, Mapping) and path not in quantizers:
         for key, value in tree.items():
-            yield from _leaves(value, (*path, key))
+            yield from _leaves(value, (*path, key), quantizers)
     else:
         yield path, tree
 
 
 def _like(tree: Any, path: ParameterPath, leaves: Mapping[ParameterPath, Any]) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _like(value, (*path, key), leaves) for key, value in tree.items()}
-    return leaves[path]
+    if path in leaves:
+        return leaves[path]
+    return {key: _like(value, (*path, key), leaves) for key, value in tree.items()}
 
 
-def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig, num_devices: int) -> None:
+def _check_paths(
+    wanted: Mapping[ParameterPath, Any],
+    model: ModelConfig,
+    num_devices: int,
+    quantizers: Mapping[ParameterPath, Quantizer],
+) -> None:
     physical = physical_model(model, num_devices)
     expected = parameter_shapes(model)
     for path in wanted:
@@ -166,6 +188,8 @@ def _check_paths(wanted: Mapping[ParameterPath, Any], model: ModelConfig, num_de
         shape = physical_shape(str(path[-1]), logical, physical)
         if path not in wanted:
             raise ValueError(f"the model lacks parameter {path}, which the checkpoint has")
+        if path in quantizers:
+            continue
         if tuple(wanted[path].shape) != shape:
             raise ValueError(
                 f"parameter {path} has shape {tuple(wanted[path].shape)}, "

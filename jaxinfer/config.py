@@ -206,15 +206,26 @@ AnyTokenizer = TokenizerSpec | SentencePieceSpec | TokenizerJson
 
 @dataclass(frozen=True)
 class DtypePolicy:
-    """Names of the dtypes a model runs in. Logits, softmax and norms are float32 everywhere."""
+    """Names of the dtypes a model runs in. Logits, softmax and norms are float32 everywhere.
+
+    ``quantization``: name of the format of matrices (jaxinfer/weights), None for ``weights``.
+    """
 
     weights: str
     activations: str
     kv_cache: str
     logits: str = "float32"
+    quantization: str | None = None
+
+    @property
+    def matrices(self) -> str:
+        """What the matrices are in, for people."""
+        return self.quantization or self.weights
 
     @staticmethod
-    def for_platform(platform: str, dtype: str | None = None) -> "DtypePolicy":
+    def for_platform(
+        platform: str, dtype: str | None = None, quantization: str | None = None
+    ) -> "DtypePolicy":
         """The stated policy: float32 on CPU (bit-exact rows), bfloat16 on TPU and GPU.
 
         ``dtype`` overrides weights, activations and KV cache together.
@@ -223,7 +234,7 @@ class DtypePolicy:
             dtype = "float32" if platform == "cpu" else "bfloat16"
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-        return DtypePolicy(weights=dtype, activations=dtype, kv_cache=dtype)
+        return DtypePolicy(dtype, dtype, dtype, quantization=quantization)
 
 
 @dataclass(frozen=True)

@@ -267,10 +267,12 @@ def compiler_options(
 ) -> dict[str, str]:
     """XLA options of a step. On CPU in float32 they make a row's bits independent of its batch.
 
-    YNN kernels, XLA:CPU's default, pick another blocking for 1, 2-32 and more rows; they are taken
-    where ``batch_invariant`` is not asked for.
+    YNN kernels, XLA:CPU's default, pick another blocking of float products for 1, 2-32 and more
+    rows; they are taken where ``batch_invariant`` is not asked for. Products of integers need them
+    (a tenth of the time), and sums of integers have the same bits in every blocking.
     """
-    if platform == "cpu" and dtypes.weights == "float32" and batch_invariant:
+    is_float = dtypes.quantization is None and dtypes.weights == "float32"
+    if platform == "cpu" and is_float and batch_invariant:
         return {"xla_cpu_experimental_ynn_fusion_type": ""}
     return {}
 

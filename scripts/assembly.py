@@ -20,6 +20,7 @@ from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.models import quantizers
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import (
     Device,
@@ -30,6 +31,7 @@ from jaxinfer.sharding import (
     place,
 )
 from jaxinfer.step import Parameters
+from jaxinfer.weights import FORMATS
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 from scripts.engine_sizes import DEFAULT_MAX_MODEL_LEN, engine_config
 from scripts.peak_memory import PeakMemory
@@ -108,6 +110,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="weights, activations and KV cache (default: float32 on CPU, else bfloat16)",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=list(FORMATS),
+        help="hold matrices in 8 bits: int8 keeps activations as they are, int8-dynamic rounds "
+        "them to 8 bits too, each row by its own scale (default: not at all)",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -196,7 +204,11 @@ def load_model(
     memory = PeakMemory()
     with phases.phase("load", "tensors", memory.describe) as progress:
         parameters = load_parameters(
-            checkpoint, engine.abstract_parameters, progress, num_tensor_devices(plan.mesh)
+            checkpoint,
+            engine.abstract_parameters,
+            progress,
+            num_tensor_devices(plan.mesh),
+            quantizers(checkpoint.model, plan.dtypes, plan.mesh),
         )
         jax.block_until_ready(parameters)
     with phases.phase("compile", unit="programs") as progress:
@@ -253,7 +265,7 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         num_tensor = default_tensor_parallel(model, len(devices), options.data_parallel)
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
+    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype, options.quantize)
     config = engine_config(options, model, dtypes, mesh)
     return Plan(checkpoint, model, config, dtypes, devices, mesh)
 

@@ -88,7 +88,7 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
             raise
         flags = _dividing_flags(options)
         raise ValueError(refusal(options.model, target, error, flags)) from error
-    title = f"{options.model} in {plan.dtypes.weights} on {target.name}"
+    title = f"{options.model} in {plan.dtypes.matrices} on {target.name}"
     memory = plan_memory(plan.model, plan.config, plan.dtypes, plan.mesh)
     limit = generation_of_kind(plan.devices[0].device_kind).hbm_bytes
     if memory.total > limit:
@@ -149,7 +149,7 @@ def _dividing_flags(options: argparse.Namespace) -> str:
 def _memory_lines(report: CompileReport) -> list[str]:
     config = report.plan.config
     notes = {
-        "weights": report.plan.dtypes.weights,
+        "weights": report.plan.dtypes.matrices,
         "kv_pages": f"{config.num_pages} of {config.page_size} tokens, "
         f"{report.plan.dtypes.kv_cache}",
         "slots": f"of {config.max_num_seqs} sequences, and a step's rows",

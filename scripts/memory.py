@@ -34,7 +34,7 @@ def memory_table(engines: Sequence[Engine], devices: Sequence[Device]) -> str:
     engine, config = engines[0], engines[0].config
     tokens = config.num_pages * config.page_size
     notes = {
-        "parameters": engine.dtypes.weights,
+        "parameters": engine.dtypes.matrices,
         "kv cache": f"{engine.dtypes.kv_cache}, {config.num_pages} pages of {config.page_size} "
         f"tokens: {tokens}, {tokens / config.max_model_len:.1f} x the longest sequence",
         "slots": f"tokens of {config.max_num_seqs} slots, up to {config.max_model_len} each",

@@ -78,6 +78,9 @@ class Roofline:
 
     @property
     def _itemsize(self) -> int:
+        """Bytes of a matrix's number."""
+        if self.dtypes.quantization is not None:
+            return 1
         return 4 if self.dtypes.weights == "float32" else 2
 
     def _token_bytes(self) -> float:

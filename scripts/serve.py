@@ -60,7 +60,7 @@ def serve() -> None:
         if loaded.default_sampling != SamplingParams():
             said = describe_sampling(loaded.default_sampling)
             table += f"\nsampling where a request says nothing (generation_config.json): {said}"
-        described = f"{loaded.name} on {where} in {loaded.dtypes.weights}"
+        described = f"{loaded.name} on {where} in {loaded.dtypes.matrices}"
         return ServedModel(
             name=loaded.name,
             model=loaded.model,

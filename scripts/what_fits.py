@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax
 from jax.sharding import Mesh
 
-from jaxinfer import models
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.sharding import can_divide_heads, make_mesh
 from scripts.engine_sizes import TPU_KV_FRACTION, DoesNotFitError
@@ -15,6 +13,8 @@ from scripts.tpu_topology import topology_devices
 
 # Tokens: with less no model is of use.
 SHORTEST = 1024
+# The format that is proposed where plain weights do not fit.
+SMALLER = "int8"
 
 
 def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "") -> str:
@@ -29,7 +29,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     missing = "nothing" if left <= 0 else f"{left / MIB:.0f} MiB"
     needed = plan.kv_pages + plan.page_copies
     reason = (
-        f"{name} in {dtypes.weights} does not fit {target.name}: {plan.weights / MIB:.0f} MiB of "
+        f"{name} in {dtypes.matrices} does not fit {target.name}: {plan.weights / MIB:.0f} MiB of "
         f"weights, {plan.temporaries / MIB:.0f} of temporaries and {plan.code / MIB:.0f} of code "
         f"on each chip leave {missing} of {generation.hbm_bytes / MIB:.0f} MiB; the KV cache of "
         f"one sequence of {config.max_model_len} tokens takes {needed / MIB:.0f} MiB"
@@ -52,9 +52,10 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     shorter = int(max(0, left) * TPU_KV_FRACTION / page) * config.page_size
     if shorter >= SHORTEST:
         found.append(f"{target.name} with --max-model-len {shorter}")
-    quantized = dataclasses.replace(plan, weights=int8_weight_bytes(model, dtypes, plan))
-    if quantized.total <= generation.hbm_bytes:
-        found.append(f"{target.name} with int8 weights, which are not built yet")
+    if dtypes.quantization is None:
+        quantized = dataclasses.replace(dtypes, quantization=SMALLER)
+        if smallest_plan(model, config, quantized, mesh).total <= generation.hbm_bytes:
+            found.append(f"{target.name} with --quantize {SMALLER}")
     return f"{reason}. It would fit {', or '.join(found) or 'no TPU that is known here'}"
 
 
@@ -77,16 +78,6 @@ def smallest_slice(
             if plan.total <= generation.hbm_bytes:
                 return target
     return None
-
-
-def int8_weight_bytes(model: ModelConfig, dtypes: DtypePolicy, plan: MemoryPlan) -> int:
-    """A chip's weights if matrices had one byte a number; their scales are not counted."""
-    _, state = models.abstract(model, dtypes)
-    leaves = jax.tree.leaves(state)
-    matrices = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim > 1)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    numbers = sum(leaf.size for leaf in leaves if leaf.ndim > 1)
-    return int(plan.weights * (whole - matrices + numbers) / whole)
 
 
 def _with_hosts(target: TpuTarget) -> str:

@@ -105,7 +105,7 @@ def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
         weights_dtype=served.dtypes.weights,
         activations_dtype=served.dtypes.activations,
         kv_cache_dtype=served.dtypes.kv_cache,
-        quantization=served.quantization,
+        quantization=served.dtypes.quantization or "",
         num_pages=served.engine_config.num_pages * num_engines,
         page_size=served.engine_config.page_size,
         max_num_seqs=served.engine_config.max_num_seqs * num_engines,

@@ -9,9 +9,11 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models.family import Family
 from jaxinfer.models.fields import Fields
+from jaxinfer.weights import Quantizer
 
 # ``model_type`` of a config.json -> its file here; imported when asked for.
 ARCHITECTURES: Mapping[str, str] = {
@@ -81,6 +83,22 @@ def abstract(
 ) -> tuple[Any, nnx.State]:
     """The graph definition and the abstract parameters, nothing allocated."""
     return nnx.split(nnx.eval_shape(lambda: build(model, dtypes, mesh=mesh)))
+
+
+def quantizers(
+    model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh | None = None
+) -> Mapping[tuple[str | int, ...], Quantizer]:
+    """What makes the arrays of a quantized matrix, by its path; {} where none is."""
+    found: dict[tuple[str | int, ...], Quantizer] = {}
+
+    def look() -> Any:
+        module = build(model, dtypes, mesh=mesh)
+        found.update(weights.quantizers(module))
+        return module
+
+    if dtypes.quantization is not None:
+        nnx.eval_shape(look)
+    return found
 
 
 @functools.lru_cache(maxsize=8)

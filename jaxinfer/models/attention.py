@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import layers
 from jaxinfer.models.rotary import RopeTables, apply_rope
@@ -38,20 +39,10 @@ class Attention(nnx.Module):
         group = model.num_attention_heads // kv_heads
         self.model, self.mesh, self.window = model, mesh, window
         # For each kv head its query heads, its key and its value: one product, split by kv head.
-        self.qkv = layers.parameter(
-            rngs,
-            (embed, kv_heads, group + 2, head_dim),
-            dtypes.weights,
-            ("embed", "kv_heads", None, None),
-            fan_in=embed,
-        )
-        self.o_proj = layers.parameter(
-            rngs,
-            (kv_heads, group, head_dim, embed),
-            dtypes.weights,
-            ("kv_heads", None, None, "embed"),
-            fan_in=kv_heads * group * head_dim,
-        )
+        shape, axes = (embed, kv_heads, group + 2, head_dim), ("embed", "kv_heads", None, None)
+        self.qkv = weights.declare(rngs, shape, dtypes, axes, inputs=(0,))
+        shape, axes = (kv_heads, group, head_dim, embed), ("kv_heads", None, None, "embed")
+        self.o_proj = weights.declare(rngs, shape, dtypes, axes, inputs=(0, 1, 2))
         self.has_bias, self.has_qk_norm = has_bias, has_qk_norm
         if has_bias:
             shape, axes = (kv_heads, group + 2, head_dim), ("kv_heads", None, None)
@@ -74,16 +65,16 @@ class Attention(nnx.Module):
             apply_rope(queries, rope), apply_rope(keys, rope), values, kv_pages, batch
         )
         attended = attended.reshape(rows, model.num_key_value_heads, -1, model.head_dim)
-        return layers.linear(attended, self.o_proj[...], num_axes=3), kv_pages
+        return layers.linear(attended, self.o_proj), kv_pages
 
     def _queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[T, G R, D], [T, G, D] and [T, G, D]."""
         model = self.model
         # [T, G, R + 2, D]
         if self.has_bias:
-            qkv = layers.linear(x, self.qkv[...], bias=self.qkv_bias[...])
+            qkv = layers.linear(x, self.qkv, self.qkv_bias[...])
         else:
-            qkv = layers.linear(x, self.qkv[...])
+            qkv = layers.linear(x, self.qkv)
         queries, keys = qkv[:, :, :-2], qkv[:, :, -2]
         if self.has_qk_norm:
             queries = layers.rms_norm(queries, self.q_norm[...], model.rms_norm_eps)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import layers
 from jaxinfer.models.attention import Attention
@@ -71,14 +72,14 @@ class Decoder(nnx.Module):
         )
         self.norm = layers.norm_scale(model.hidden_size)
         embed, vocab = physical.hidden_size, physical.vocab_size
-        self.lm_head = layers.parameter(
-            rngs, (embed, vocab), dtypes.weights, ("embed", "vocab"), fan_in=embed
+        self.lm_head = weights.declare(
+            rngs, (embed, vocab), dtypes, ("embed", "vocab"), inputs=(0,)
         )
         # A tied embedding is the head's columns: the head is read whole in every step and must
         # lie as its product wants it ([V, E] takes 3.5 times as long on XLA:CPU), rows are few.
         if not model.tie_word_embeddings:
-            self.embed_tokens = layers.parameter(
-                rngs, (vocab, embed), dtypes.weights, ("vocab", "embed"), fan_in=embed
+            self.embed_tokens = weights.declare(
+                rngs, (vocab, embed), dtypes, ("vocab", "embed"), inputs=(1,)
             )
 
     def __call__(
@@ -100,7 +101,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> [R, V] float32, whole on every device."""
-        logits = jnp.dot(hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+        logits = weights.product(hidden, weights.matrix(self.lm_head))
         # The one gather of a step: each device has the columns of its part of the vocabulary, and
         # sampling, which looks at all of them many times, is then the same on every device. Columns
         # that only fill up the last part are zeros and must not be chosen: they end here.
@@ -109,9 +110,9 @@ class Decoder(nnx.Module):
 
     def _embed(self, token_ids: jax.Array) -> jax.Array:
         if self.model.tie_word_embeddings:
-            x = self.lm_head[...][:, token_ids].T
+            x = weights.outputs(weights.matrix(self.lm_head), token_ids, axis=1)
         else:
-            x = self.embed_tokens[...][token_ids]
+            x = weights.outputs(weights.matrix(self.embed_tokens), token_ids, axis=0)
         x = x.astype(self.dtypes.activations)
         if self.embedding_scale is None:
             return x

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import layers
 from jaxinfer.sharding import TENSOR, num_tensor_devices, partition_spec
+from jaxinfer.weights import Matrix
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -30,17 +32,17 @@ class GatedMLP(nnx.Module):
         rngs: nnx.Rngs,
         activation: Activation = jax.nn.silu,
     ) -> None:
-        embed, ffn, dtype = model.hidden_size, model.intermediate_size, dtypes.weights
+        embed, ffn = model.hidden_size, model.intermediate_size
         self.activation = activation
         axes = ("embed", None, "ffn")
-        self.gate_up = layers.parameter(rngs, (embed, 2, ffn), dtype, axes, fan_in=embed)
-        self.down_proj = layers.parameter(rngs, (ffn, embed), dtype, ("ffn", "embed"), fan_in=ffn)
+        self.gate_up = weights.declare(rngs, (embed, 2, ffn), dtypes, axes, inputs=(0,))
+        self.down_proj = weights.declare(rngs, (ffn, embed), dtypes, ("ffn", "embed"), inputs=(0,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
-        gate_up = layers.linear(x, self.gate_up[...])  # [T, 2, F]
+        gate_up = layers.linear(x, self.gate_up)  # [T, 2, F]
         hidden = self.activation(gate_up[:, 0]) * gate_up[:, 1]
-        return layers.linear(hidden, self.down_proj[...])
+        return layers.linear(hidden, self.down_proj)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -67,65 +69,62 @@ class MixtureOfExperts(nnx.Module):
         )
         axes = ("experts", None, None)
         shape = (experts, embed, 2 * ffn)
-        self.experts_gate_up = layers.parameter(rngs, shape, dtypes.weights, axes, fan_in=embed)
+        self.experts_gate_up = weights.declare(rngs, shape, dtypes, axes, inputs=(1,))
         shape = (experts, ffn, embed)
-        self.experts_down = layers.parameter(rngs, shape, dtypes.weights, axes, fan_in=ffn)
+        self.experts_down = weights.declare(rngs, shape, dtypes, axes, inputs=(1,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
-        weights, experts = self._route(x)
+        shares, experts = self._route(x)
+        gate_up = weights.matrix(self.experts_gate_up)
+        down = weights.matrix(self.experts_down)
         num_devices = num_tensor_devices(self.mesh)
         if self.mesh is None or num_devices == 1:
-            mixed = _mix(x, weights, experts, self.experts_gate_up[...], self.experts_down[...], 0)
-            return mixed.astype(x.dtype)
+            return _mix(x, shares, experts, gate_up, down, 0).astype(x.dtype)
         num_local = self.model.num_experts // num_devices
 
         def mix(
-            x: jax.Array,
-            weights: jax.Array,
-            experts: jax.Array,
-            gate_up: jax.Array,
-            down: jax.Array,
+            x: jax.Array, shares: jax.Array, experts: jax.Array, gate_up: Matrix, down: Matrix
         ) -> jax.Array:
             first = jax.lax.axis_index(TENSOR) * num_local
-            return jax.lax.psum(_mix(x, weights, experts, gate_up, down, first), TENSOR)
+            return jax.lax.psum(_mix(x, shares, experts, gate_up, down, first), TENSOR)
 
-        whole, split = PartitionSpec(), partition_spec(("experts", None, None))
+        whole, split = PartitionSpec(), partition_spec(("experts",))
         mixed = jax.shard_map(
             mix,
             mesh=self.mesh,
             in_specs=(whole, whole, whole, split, split),
             out_specs=whole,
             check_vma=False,
-        )(x, weights, experts, self.experts_gate_up[...], self.experts_down[...])
+        )(x, shares, experts, gate_up, down)
         return mixed.astype(x.dtype)
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[T, K] float32 weights and int32 experts of every row."""
-        logits = layers.linear(x.astype(jnp.float32), self.router[...])
-        weights, experts = jax.lax.top_k(
+        """[T, K] float32 shares and int32 experts of every row."""
+        logits = layers.linear(x.astype(jnp.float32), self.router)
+        shares, experts = jax.lax.top_k(
             jax.nn.softmax(logits, axis=-1), self.model.num_experts_per_tok
         )
         if self.model.norm_topk_prob:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
-        return weights, experts
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        return shares, experts
 
 
 def _mix(
     x: jax.Array,
-    weights: jax.Array,
+    shares: jax.Array,
     experts: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Matrix,
+    down: Matrix,
     first: jax.Array | int,
 ) -> jax.Array:
     """[T, E] float32: what the experts ``first`` ... of this device add to every row.
 
-    ``weights`` and ``experts`` [T, K], ``gate_up`` [X, E, 2 F], ``down`` [X, F, E]. Rows are put in
+    ``shares`` and ``experts`` [T, K], ``gate_up`` [X, E, 2 F], ``down`` [X, F, E]. Rows are put in
     the order of their experts, so that each expert is one product, of those rows that want it.
     """
     num_rows, num_chosen = experts.shape
-    num_experts = gate_up.shape[0]
+    num_experts = jax.tree.leaves(gate_up)[0].shape[0]
     wanted = experts.reshape(-1) - first
     is_here = (wanted >= 0) & (wanted < num_experts)
     wanted = jnp.where(is_here, wanted, num_experts)  # those of other devices come last
@@ -141,25 +140,17 @@ def _mix(
     back = jnp.argsort(order)
     outputs = outputs[back].reshape(num_rows, num_chosen, -1)
     # Added in the order of preference, the same for every batch; a scatter would not say.
-    return jnp.sum(outputs * weights[:, :, None], axis=1)
+    return jnp.sum(outputs * shares[:, :, None], axis=1)
 
 
-def grouped_product(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[N, A], [X, A, B] and [X] -> [N, B] float32: the first ``sizes[0]`` rows times
-    ``weights[0]``, the next ``sizes[1]`` times ``weights[1]``, and so on.
-
-    What stands in rows behind the last group has no meaning.
-    """
+def grouped_product(rows: jax.Array, matrices: Matrix, sizes: jax.Array) -> jax.Array:
+    """``weights.grouped_product``, or what takes its place on CPU."""
     return jax.lax.platform_dependent(
-        rows, weights, sizes, cpu=_product_by_blocks, default=_ragged_product
+        rows, matrices, sizes, cpu=_product_by_blocks, default=weights.grouped_product
     )
 
 
-def _ragged_product(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.float32)
-
-
-def _product_by_blocks(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def _product_by_blocks(rows: jax.Array, matrices: Matrix, sizes: jax.Array) -> jax.Array:
     """For XLA:CPU, whose ragged_dot multiplies every row by every group's weights: with 64 groups
     this takes a 28th to a 40th of the time (docs/log.md).
 
@@ -169,17 +160,20 @@ def _product_by_blocks(rows: jax.Array, weights: jax.Array, sizes: jax.Array) ->
     num_blocks = (sizes + block - 1) // block
     ends, first_rows = jnp.cumsum(num_blocks), jnp.cumsum(sizes) - sizes
     padded = jnp.pad(rows, ((0, block), (0, 0)))
-    products = jnp.zeros((num_rows + block, weights.shape[2]), jnp.float32)
 
-    def multiply(i: jax.Array, products: jax.Array) -> jax.Array:
+    def multiply_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         group = jnp.searchsorted(ends, i, side="right")
         first = first_rows[group] + (i - (ends[group] - num_blocks[group])) * block
-        product = jnp.dot(
-            jax.lax.dynamic_slice_in_dim(padded, first, block),
-            jax.lax.dynamic_index_in_dim(weights, group, keepdims=False),
-            preferred_element_type=jnp.float32,
+        one = jax.tree.map(
+            lambda array: jax.lax.dynamic_index_in_dim(array, group, keepdims=False), matrices
         )
+        return first, weights.product(jax.lax.dynamic_slice_in_dim(padded, first, block), one)
+
+    def multiply(i: jax.Array, products: jax.Array) -> jax.Array:
+        first, product = multiply_block(i)
         # Rows of the next group in it are written again by that group's own block, later.
         return jax.lax.dynamic_update_slice_in_dim(products, product, first, 0)
 
+    num_outputs = jax.eval_shape(multiply_block, ends[-1])[1].shape[1]
+    products = jnp.zeros((num_rows + block, num_outputs), jnp.float32)
     return jax.lax.fori_loop(0, ends[-1], multiply, products)[:num_rows]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kv_cache import KV_PAGES_AXES
 from jaxinfer.sharding import named_sharding, num_tensor_devices, partition_spec
+from jaxinfer.weights import Weight, matrix, product
 from pallas_kernels.ragged_paged_attention import KVPages
 
 
@@ -102,15 +103,12 @@ def rms_norm(inputs: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(inputs.dtype)
 
 
-def linear(
-    inputs: jax.Array, weight: jax.Array, num_axes: int = 1, bias: jax.Array | None = None
-) -> jax.Array:
-    """Contracts the last ``num_axes`` axes of ``inputs`` with the first of ``weight``.
+def linear(inputs: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
+    """[T, I...] times a matrix [I..., O...]: [T, O...] in the inputs' dtype.
 
-    ``bias`` has the remaining axes of ``weight``. Accumulates in float32 and returns the inputs'
-    dtype.
+    ``bias`` [O...]. Accumulates in float32.
     """
-    products = jnp.tensordot(inputs, weight, num_axes, preferred_element_type=jnp.float32)
+    products = product(inputs, matrix(weight))
     if bias is not None:
         products = products + bias[None].astype(jnp.float32)
     return products.astype(inputs.dtype)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import make_mesh
@@ -24,14 +24,15 @@ def prompt_logits(
     token_ids: Sequence[int],
     config: EngineConfig,
     num_tiles: int = 2,
+    dtypes: DtypePolicy = CPU_DTYPES,
 ) -> np.ndarray:
     """[n, V] float32 after every token of a prompt, computed in chunks of ``num_tiles`` tiles."""
     mesh = make_mesh(jax.devices("cpu")[:1])
-    abstract = step.abstract_state(model, config, CPU_DTYPES, mesh)
+    abstract = step.abstract_state(model, config, dtypes, mesh)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     shape, size = BatchShape(8, num_tiles), num_tiles * config.chunk_tile
 
-    program = _program(model, config, shape)
+    program = _program(model, config, shape, dtypes)
     logits = []
     for start in range(0, len(token_ids), size):
         tokens = tuple(token_ids[start : start + size])
@@ -53,9 +54,11 @@ def prompt_logits(
 
 
 @functools.cache
-def _program(model: ModelConfig, config: EngineConfig, shape: BatchShape) -> Any:
+def _program(
+    model: ModelConfig, config: EngineConfig, shape: BatchShape, dtypes: DtypePolicy
+) -> Any:
     """Compiled once for all prompts of a model."""
-    graph, _ = models.abstract(model.served(config.max_model_len), CPU_DTYPES)
+    graph, _ = models.abstract(model.served(config.max_model_len), dtypes)
 
     def program(parameters: Any, state: step.StepState, packed: jax.Array) -> Any:
         llama = nnx.merge(graph, parameters)
@@ -63,5 +66,5 @@ def _program(model: ModelConfig, config: EngineConfig, shape: BatchShape) -> Any
         hidden, _, state = step.forward(llama, state, batch, config)
         return state, llama.logits(hidden[shape.num_decodes :])
 
-    options = step.compiler_options("cpu", CPU_DTYPES)
+    options = step.compiler_options("cpu", dtypes)
     return jax.jit(program, donate_argnums=1, compiler_options=options)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -43,14 +43,15 @@ class Probe:
     """Runs schedules and returns the logits row of the first sequence."""
 
     model: ModelConfig = MODEL
+    dtypes: DtypePolicy = CPU_DTYPES
     programs: dict[BatchShape, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.graph, state = models.abstract(self.model, CPU_DTYPES)
+        self.graph, state = models.abstract(self.model, self.dtypes)
         mesh = make_mesh(jax.devices("cpu")[:1])
         self.parameters_shape = abstract_parameters(state, mesh)
-        self.state_shape = step.abstract_state(self.model, CONFIG, CPU_DTYPES, mesh)
-        full = models.build(self.model, CPU_DTYPES, nnx.Rngs(0))
+        self.state_shape = step.abstract_state(self.model, CONFIG, self.dtypes, mesh)
+        full = models.build(self.model, self.dtypes, nnx.Rngs(0))
         self.parameters = jax.device_put(nnx.to_pure_dict(nnx.state(full)))
         self.reset()
 
@@ -108,7 +109,7 @@ class Probe:
 
         jitted = jax.jit(program, donate_argnums=1)
         lowered = jitted.lower(self.parameters_shape, self.state_shape, packed)
-        return lowered.compile(compiler_options=step.compiler_options("cpu", CPU_DTYPES))
+        return lowered.compile(compiler_options=step.compiler_options("cpu", self.dtypes))
 
     def prefill(self, num_tiles: int) -> np.ndarray:
         """The sequence in slot 0, in chunks of ``num_tiles`` tiles; logits of its last token."""
@@ -189,6 +190,17 @@ def test_other_shapes(heads: int, kv_heads: int, head_dim: int, embed: int, ffn:
             head_dim=head_dim,
         )
     )
+    check_arrangements(other)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
+def test_quantized_matrices(quantization: str) -> None:
+    """Their products are sums of integers; those of the attention stay as they are."""
+    check_arrangements(Probe(dtypes=dataclasses.replace(CPU_DTYPES, quantization=quantization)))
+
+
+def check_arrangements(other: Probe) -> None:
+    """In chunks or whole, alone or beside others, decoded or computed again: the same bits."""
     one_chunk = other.prefill(4)
     np.testing.assert_array_equal(other.prefill(1), one_chunk)
     alone = other.run(BatchShape(8, 0), [(0, LENGTH)], [])[0]

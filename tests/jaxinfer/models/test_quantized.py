@@ -1,0 +1,117 @@
+"""Every family with matrices in 8 bits."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoints.load import load_parameters
+from jaxinfer import models
+from jaxinfer.config import DtypePolicy
+from jaxinfer.engine import Engine
+from jaxinfer.models import quantizers
+from jaxinfer.request import Request
+from jaxinfer.sharding import abstract_parameters, make_mesh
+from tests.conftest import ManyDevices
+from tests.data.random_family import draw_prompt
+from tests.jaxinfer.logits import prompt_logits
+from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
+from tests.jaxinfer.models.test_families import ONE_OF_EACH
+from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
+
+
+def policy(quantization: str | None) -> DtypePolicy:
+    """Float32 but for the matrices."""
+    return dataclasses.replace(CPU_DTYPES, quantization=quantization)
+
+
+@functools.cache
+def parameters_of(case: str, quantization: str | None) -> dict[Any, Any]:
+    """Of one device."""
+    checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
+    _, state = models.abstract(checkpoint.model, dtypes)
+    abstract = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
+    return load_parameters(checkpoint, abstract, quantizers=quantizers(checkpoint.model, dtypes))
+
+
+def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
+    """What an engine makes of the prompt."""
+    checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
+    mesh = make_mesh(jax.devices()[:num_devices])
+    engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
+    engine.compile()
+    made = quantizers(checkpoint.model, dtypes, mesh)
+    engine.start(
+        load_parameters(
+            checkpoint, engine.abstract_parameters, num_devices=num_devices, quantizers=made
+        )
+    )
+    request = Request("a", tuple(draw_prompt(case)), 24, ignore_eos=True)
+    return run_all(engine, [request])["a"]
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_logits_are_those_of_the_dequantized_matrices(case: str) -> None:
+    """With 16-bit activations nothing but the matrices is rounded."""
+    model, quantized = RandomCheckpoint(case).model, parameters_of(case, "int8")
+    plain = parameters_of(case, None)
+    dequantized = jax.tree.map(dequantize, plain, quantized, is_leaf=is_array)
+    found = prompt_logits(model, quantized, draw_prompt(case), tiny_config(), dtypes=policy("int8"))
+    wanted = prompt_logits(model, dequantized, draw_prompt(case), tiny_config())
+    assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max()
+    exact = prompt_logits(model, plain, draw_prompt(case), tiny_config())
+    assert np.abs(wanted - exact).max() > 1e-3 * np.abs(exact).max(), "nothing was quantized"
+
+
+@pytest.mark.parametrize(
+    ("case", "quantization"),
+    [("qwen2", "int8"), ("qwen2", "int8-dynamic"), ("gemma3", "int8"), ("qwen3_moe", "int8")],
+)
+def test_eight_devices_give_the_tokens_of_one(
+    many_devices: ManyDevices, case: str, quantization: str
+) -> None:
+    one = tokens_of(case, quantization, 1)
+    assert many_devices(tokens_of, case, quantization, 8) == one
+
+
+def test_a_quarter_of_the_bytes() -> None:
+    """Of the matrices; norms and the router stay as they are."""
+    plain, quantized = parameters_of("qwen2", None), parameters_of("qwen2", "int8")
+    matrices = [leaf for leaf in jax.tree.leaves(plain) if leaf.ndim > 1]
+    small = [
+        leaf
+        for leaf in jax.tree.leaves(
+            quantized, is_leaf=lambda x: isinstance(x, dict) and "values" in x
+        )
+        if isinstance(leaf, dict)
+    ]
+    ratio = sum(leaf.nbytes for leaf in jax.tree.leaves(small)) / sum(m.nbytes for m in matrices)
+    assert 0.25 < ratio < 0.32  # of matrices this small, scales are a part
+
+
+def is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
+
+
+def dequantize(plain: jax.Array, quantized: Any) -> jax.Array:
+    """In the plain parameter's order of axes: outputs first is what the quantized one has."""
+    if not isinstance(quantized, dict):
+        return quantized
+    values, scales = quantized["values"], quantized["scales"]
+    matrix = values * jnp.expand_dims(scales, tuple(range(scales.ndim, values.ndim)))
+    for axes in orders(plain.ndim):
+        if matrix.transpose(axes).shape == plain.shape:
+            candidate = matrix.transpose(axes)
+            if np.abs(candidate - plain).max() <= np.abs(scales).max():
+                return candidate
+    raise AssertionError(f"{values.shape} is no order of {plain.shape}")
+
+
+def orders(num_axes: int) -> list[tuple[int, ...]]:
+    """Where inputs may have been: the first axes, the last, or the one in the middle."""
+    turned = [tuple(range(n, num_axes)) + tuple(range(n)) for n in range(num_axes)]
+    return [*turned, (0, 2, 1)][: num_axes + (num_axes == 3)]
