@@ -50,11 +50,9 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """All that a service is given. ``quantization`` names the weights' format, "" for none.
+    """All that a service is given.
 
-    ``default_sampling`` is in effect where a request says nothing.
-
-    Every one of ``engines`` has the whole model and an ``engine_config`` of its own; a request is
+    ``default_sampling`` is in effect where a request says nothing. Every one of ``engines`` has the whole model and an ``engine_config`` of its own; a request is
     given to one of them.
     """
 
@@ -64,7 +62,6 @@ class ServedModel:
     engine_config: EngineConfig
     dtypes: DtypePolicy
     tokenizer: Tokenizer
-    quantization: str = ""
     default_sampling: SamplingParams = field(default_factory=SamplingParams)
 
 

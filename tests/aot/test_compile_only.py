@@ -85,7 +85,7 @@ def test_eight_billion_on_one_chip() -> None:
     assert answer.error.startswith("error: llama-3-8b in bfloat16 does not fit v5e: 15317 MiB of")
     assert answer.error.endswith(
         "It would fit v5e-4, or v5p-8, or v6e-1, or v5e with --max-model-len 3840, or v5e with "
-        "int8 weights, which are not built yet"
+        "--quantize int8"
     )
 
 

@@ -19,7 +19,7 @@ CASES = [
 BACKENDS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
-def draw(rows: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def draw(rows: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Rows of very different sizes, one of them zeros, and one output of zeros."""
     random = np.random.default_rng(rows)
     x = random.standard_normal((rows, *inputs)) * 10.0 ** random.integers(
@@ -29,7 +29,7 @@ def draw(rows: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[
     values = random.integers(-127, 128, (*outputs, *inputs)).astype(np.int8)
     scales = random.random(outputs)
     scales.flat[0] = 0
-    return x.astype(np.float32), values, scales.astype(np.float32)
+    return jnp.asarray(x, jnp.float32), jnp.asarray(values), jnp.asarray(scales, jnp.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,8 +46,10 @@ def test_equals_the_definition(
     assert found.dtype == jnp.float32
     assert found.shape == wanted.shape == (rows, *outputs)
     # Half a step of every input, were all of them off in the worst direction; and float32's own.
-    sums = np.abs(values * scales.reshape(*outputs, *[1] * len(inputs))).reshape(*outputs, -1)
-    largest = np.abs(x).reshape(rows, -1).max(axis=1).reshape(rows, *[1] * len(outputs))
+    sums = np.abs(np.asarray(values * scales.reshape(*outputs, *[1] * len(inputs)))).reshape(
+        *outputs, -1
+    )
+    largest = np.abs(np.asarray(x)).reshape(rows, -1).max(axis=1).reshape(rows, *[1] * len(outputs))
     step = {8: 1e-6, 16: 0.5 / 16256 + 1e-6}[bits]
     assert (np.abs(found - wanted) <= step * largest * sums.sum(axis=-1)[None] + 1e-30).all()
 
@@ -68,7 +70,9 @@ def test_16_bits_are_exact_where_the_row_is_of_integers() -> None:
     x = random.integers(-16256, 16257, (5, 64)).astype(np.float32)
     x[:, 0] = 16256
     values = random.integers(-127, 128, (32, 64)).astype(np.int8)
-    found = int8_matmul(x, values, np.ones(32, np.float32), activation_bits=16)
+    found = int8_matmul(
+        jnp.asarray(x), jnp.asarray(values), jnp.ones(32, jnp.float32), activation_bits=16
+    )
     exact = x.astype(np.int64) @ values.T.astype(np.int64)
     np.testing.assert_allclose(found, exact, rtol=2e-7, atol=4)
 

@@ -11,7 +11,6 @@ from jaxinfer.sharding import make_mesh
 from scripts.memory_plan import parameter_bytes, plan_memory
 from scripts.roofline import Roofline
 from scripts.tpu_targets import GENERATIONS
-from scripts.what_fits import int8_weight_bytes
 
 MODEL = model_config("llama-3-8b")
 CONFIG = EngineConfig(max_num_seqs=16, max_model_len=8192, page_size=128, num_pages=100)
@@ -33,9 +32,11 @@ def test_weights_and_pages_to_the_byte() -> None:
 
 
 def test_int8_halves_matrices_only() -> None:
-    plan = plan_memory(MODEL, CONFIG, DTYPES, make_mesh(jax.devices()[:1]))
-    expected = PARAMETERS - NORMS + 4 * NORMS
-    assert int8_weight_bytes(MODEL, DTYPES, plan) == pytest.approx(expected, rel=1e-9)
+    dtypes = dataclasses.replace(DTYPES, quantization="int8")
+    plan = plan_memory(MODEL, CONFIG, dtypes, make_mesh(jax.devices()[:1]))
+    # A scale for each output: of q, k, v, o, gate, up and down, of the embedding and the head.
+    outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 2 * 128256
+    assert plan.weights == PARAMETERS - NORMS + 4 * NORMS + 4 * outputs
 
 
 def test_a_roofline_by_hand() -> None:

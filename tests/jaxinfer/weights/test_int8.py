@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy
-from jaxinfer.weights.int8 import Int8Weight
+from jaxinfer.weights.int8 import Int8Matrix, Int8Weight
 
 INT8 = DtypePolicy("float32", "float32", "float32", quantization="int8")
 RANDOM = np.random.default_rng(0)
@@ -95,6 +95,7 @@ def test_groups_of_rows_have_matrices_of_their_own() -> None:
     experts = weights.matrix(declare((4, 16, 6), (1,)))
     sizes, x = np.array([2, 0, 3, 1], np.int32), RANDOM.standard_normal((6, 16)).astype(np.float32)
     found = weights.grouped_product(jnp.asarray(x), experts, jnp.asarray(sizes))
+    assert isinstance(experts, Int8Matrix)
     dense = experts.values * experts.scales[:, :, None]
     for row, expert in enumerate(np.repeat(np.arange(4), sizes)):
         np.testing.assert_allclose(found[row], dense[expert] @ x[row], rtol=1e-4, atol=1e-5)
