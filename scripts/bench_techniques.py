@@ -15,6 +15,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import Request
 from scripts.assembly import LoadedModel, new_engine
 from scripts.measuring import Measured, describe, latencies, measure, random_prompts, requests_of
+from scripts.weight_formats import in_format, weight_bytes
 
 # Sizes of every engine here, unless a row says otherwise.
 SIZES: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 1280}
@@ -187,12 +188,30 @@ def asynchronous_steps(loaded: LoadedModel) -> Iterator[Row]:
     yield faster("8 steps in one call against one", "-", unit, ahead, several, equal)
 
 
+def quantization(loaded: LoadedModel) -> Iterator[Row]:
+    """Matrices in 8 bits against plain ones; ``evaluate.py --formats`` says what they cost."""
+    if loaded.dtypes.quantization is not None:
+        raise ValueError("quantization is compared with plain weights: leave --quantize out")
+    name = "int8"
+    small = in_format(loaded, name)
+    naive, ours = weight_bytes(loaded.parameters), weight_bytes(small.parameters)
+    title = f"{name} against {loaded.dtypes.weights} weights"
+    yield smaller(f"{title}, bytes", "4-8x", "MiB", naive / 2**20, ours / 2**20, None)
+    engines = [engine_for(variant, prefix_cache=False) for variant in (loaded, small)]
+    for size in (1, 8, 16):
+        requests = requests_of(random_prompts(loaded.model.vocab_size, [32] * size), 33)
+        plain, quantized = (measure(engine, requests) for engine in engines)
+        before, after = (run.decode_tokens / run.decode_seconds for run in (plain, quantized))
+        yield faster(f"{title}, batch {size}", "2-4x", "decode tok/s", before, after, None)
+
+
 TECHNIQUES = {
     "KV cache against recomputation": kv_cache,
     "paging against reserved maximum lengths": paging,
     "continuous batching": continuous_batching,
     "prefix cache": prefix_cache,
     "asynchronous steps": asynchronous_steps,
+    "quantization": quantization,
 }
 
 

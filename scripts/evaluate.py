@@ -22,8 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxinfer.request import Request
+from jaxinfer.weights import FORMATS
 from scripts.assembly import LoadedModel, add_engine_options, largest_shape, load_model
+from scripts.measuring import describe
 from scripts.phases import Phases
+from scripts.weight_formats import compare_formats, format_table
 
 MAX_TEXT_BYTES = 256 << 20
 
@@ -51,6 +54,11 @@ def evaluate() -> None:
         token_ids = token_ids[: options.max_tokens]
     if len(token_ids) < 2:
         raise ValueError(f"the text has {len(token_ids)} tokens; at least 2 are needed")
+    if options.formats:
+        rows = compare_formats(loaded, options.formats, token_ids)
+        about = {"text_tokens": len(token_ids), **describe(loaded)}
+        print(json.dumps({**about, "formats": rows}) if options.json else format_table(rows))
+        return
     begun = time.perf_counter()
     losses = window_losses(loaded, token_ids, options.quiet)
     result = {
@@ -98,10 +106,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a model's perplexity on a text.")
     parser.add_argument("--text", required=True, help="a UTF-8 file")
     parser.add_argument("--max-tokens", type=int, help="only the text's first tokens")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help="beside the plain weights these, as for --quantize: bytes, losses, divergence from "
+        "the plain logits, and decoded tokens a second",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_engine_options(parser)
     options = parser.parse_args()
+    if options.formats and options.quantize:
+        parser.error("--formats compares with plain weights: leave --quantize out")
     if options.max_tokens is not None and options.max_tokens < 2:
         parser.error(f"--max-tokens must be at least 2, got {options.max_tokens}")
     return options

@@ -52,8 +52,8 @@ class Tokenizer(Protocol):
 class ServedModel:
     """All that a service is given.
 
-    ``default_sampling`` is in effect where a request says nothing. Every one of ``engines`` has the whole model and an ``engine_config`` of its own; a request is
-    given to one of them.
+    ``default_sampling`` is in effect where a request says nothing. Every one of ``engines`` has
+    the whole model and an ``engine_config`` of its own; a request is given to one of them.
     """
 
     name: str
