@@ -83,6 +83,8 @@ def hub_model(model: str, others: Iterable[str] = ()) -> HubModel:
 
     ``others``: further names that would have been right. Raises ``ValueError`` listing all.
     """
+    if model.startswith(("/", "./", "../", "~")) or re.fullmatch(r"[^:]*\.gguf", model):
+        raise ValueError(f"{model}: no such file or folder")
     on_hub = parse_hub_id(model)
     if on_hub is None:
         raise ValueError(

@@ -190,15 +190,18 @@ def write_checkpoint(
 ) -> None:
     """Writes ``folder``, which must not exist: whole, or not at all.
 
-    ``parameters`` in their logical shapes. Raises ``ValueError`` when the folder exists, and
-    ``OSError`` when it cannot be written.
+    ``parameters`` in their logical shapes. Raises ``ValueError`` when the folder exists or cannot
+    be made, and ``OSError`` when it cannot be written.
     """
     import orbax.checkpoint as ocp
 
     if folder.exists():
         raise ValueError(f"{folder} exists: give another folder, or remove it")
     unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}") from error
     try:
         description = {
             "format": FORMAT,

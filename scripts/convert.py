@@ -62,8 +62,13 @@ def convert_model() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Convert a model for fast loading.")
-    parser.add_argument("model", help="what --model takes: a GGUF file, a folder, a known name")
+    parser = argparse.ArgumentParser(
+        description="Write a model's parameters as devices read them, each its part, with the "
+        "model's description, its tokenizer and where it comes from."
+    )
+    parser.add_argument(
+        "model", help="what --model takes: a GGUF file, a folder, a known name, org/name of the hub"
+    )
     parser.add_argument("out", help="the folder to be made")
     parser.add_argument(
         "--dtype",

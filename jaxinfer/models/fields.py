@@ -5,7 +5,6 @@ families only say which they need and what they can compute.
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,8 @@ from jaxinfer.config import RopeScaling
 MAX_SIZE = 1 << 30
 MAX_LAYERS = 4096
 MAX_ROPE_FACTORS = 4096
+# What float32 computes with, products included, without an overflow.
+MIN_NUMBER, MAX_NUMBER = 1e-15, 1e15
 
 RopeKind = Literal["linear", "llama3", "factors", "yarn", "longrope"]
 
@@ -49,10 +50,11 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive, finite number."""
+        """A positive number in [MIN_NUMBER, MAX_NUMBER]."""
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            self._refuse(name, value, "a positive number")
+        if type(value) not in (int, float) or not MIN_NUMBER <= value <= MAX_NUMBER:
+            wanted = f"a positive number in [{MIN_NUMBER}, {MAX_NUMBER}]"
+            self._refuse(name, value, wanted)
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -70,12 +72,12 @@ class Fields:
         return value
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of positive, finite numbers, at most MAX_ROPE_FACTORS."""
+        """A list of numbers in [MIN_NUMBER, MAX_NUMBER], at most MAX_ROPE_FACTORS."""
         value = self._get(name, None)
         if (
             not isinstance(value, list | tuple)
             or len(value) > MAX_ROPE_FACTORS
-            or not all(type(x) in (int, float) and 0 < x <= sys.float_info.max for x in value)
+            or not all(type(x) in (int, float) and MIN_NUMBER <= x <= MAX_NUMBER for x in value)
         ):
             self._refuse(name, value, f"at most {MAX_ROPE_FACTORS} positive numbers")
         return tuple(float(x) for x in value)
@@ -120,8 +122,9 @@ class Fields:
 
 def common_fields(fields: Fields, activation: str = "silu") -> dict[str, Any]:
     """What every family reads alike, as arguments of ``ModelConfig``; refuses other activations."""
+    names = (activation, "swish") if activation == "silu" else (activation,)  # the same
     for name in ("hidden_act", "hidden_activation"):
-        fields.expect(name, activation)
+        fields.expect(name, *names)
     num_layers = fields.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise ValueError(f"num_hidden_layers is {num_layers}, more than the limit of {MAX_LAYERS}")
@@ -188,11 +191,15 @@ def rope_fields(fields: Fields) -> tuple[float, RopeScaling | None]:
     In this order, which is that of transformers, where a file has several of them.
     """
     theta = fields.number("rope_theta", 10000.0)
+    scaling = None
     for name in ("rope_scaling", "rope_parameters"):
         if fields.has(name):
             rope = fields.fields(name)
-            return rope.number("rope_theta", theta), rope_scaling(rope, fields)
-    return theta, None
+            theta, scaling = rope.number("rope_theta", theta), rope_scaling(rope, fields)
+            break
+    if theta <= 1:
+        raise ValueError(f"rope_theta must be above 1, got {theta}")
+    return theta, scaling
 
 
 def rope_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:

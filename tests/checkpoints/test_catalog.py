@@ -1,4 +1,5 @@
 import hashlib
+import re
 import sys
 import threading
 import zipfile
@@ -81,6 +82,12 @@ def test_an_unknown_name_lists_the_catalog(folder: Path) -> None:
     ):
         resolve("other")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["./model", "/no/model", "../a/model", "~/model", "a/model.gguf"])
+def test_what_can_only_be_a_path_is_not_looked_for_elsewhere(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: no such file or folder$"):
+        resolve(name)
 
 
 def test_fetches_once_then_works_offline(

@@ -122,6 +122,9 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     write(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/x/y cannot be made: Not a directory"):
+        write(tmp_path / "file" / "x" / "y")
     with pytest.raises(ValueError, match="converted exists"):
         write(folder)
     source = Source("qwen3")

@@ -28,7 +28,9 @@ def read(case: str, *absent: str, **changes: Any) -> ModelConfig:
     return read_config(fields | changes)
 
 
-@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan"), 0, -1, True, "1", None])
+@pytest.mark.parametrize(
+    "value", [10**400, 1e16, 1e-320, float("inf"), float("nan"), 0, -1, True, "1", None]
+)
 def test_numbers_that_are_refused(value: Any) -> None:
     """A whole number may be finite and yet beyond every float."""
     with pytest.raises(ValueError, match=r"x (must be a positive number|is missing)"):
@@ -57,6 +59,19 @@ def test_which_of_several_ropes_counts(
 ) -> None:
     model = read("qwen3", "rope_parameters", **rope)
     assert (model.rope_theta, model.rope_scaling) == (theta, scaling)
+
+
+def test_ropes_that_do_not_turn() -> None:
+    with pytest.raises(ValueError, match=r"rope_theta must be above 1, got 1\.0"):
+        read("qwen3", "rope_parameters", rope_theta=1.0)
+
+
+def test_swish_is_silu() -> None:
+    assert read("qwen3", hidden_act="swish") == read("qwen3")
+    with pytest.raises(ValueError, match="only 'silu' or 'swish' is supported"):
+        read("qwen3", hidden_act="gelu")
+    with pytest.raises(ValueError, match="only 'gelu_pytorch_tanh' is supported"):
+        read("gemma3", hidden_activation="swish")
 
 
 def test_a_context_at_the_top_goes_before_that_of_the_rope() -> None:
