@@ -110,6 +110,12 @@ def test_provenance(tmp_path: Path) -> None:
     assert json.loads(json.dumps(told)) == told
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/x/y cannot be made: Not a directory"):
+        write(tmp_path / "file" / "x" / "y")
+
+
 def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "converted"
 
@@ -122,9 +128,6 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     write(folder)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file/x/y cannot be made: Not a directory"):
-        write(tmp_path / "file" / "x" / "y")
     with pytest.raises(ValueError, match="converted exists"):
         write(folder)
     source = Source("qwen3")
