@@ -219,7 +219,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert error_of("--rounds", "0") == "2"
     assert error_of("--points", "decode_b3") == "2"
     assert error_of("--idle-cores", "nan") == "2"
-    assert "is neither a file nor a known name" in error_of("--model", "nope")
+    assert "is neither a file or folder nor a known name" in error_of("--model", "nope")
     model = tmp_path / "model.gguf"
     model.write_bytes(b"")
     flags = ["--model", str(model), "--peers", str(tmp_path), "--only", "openvino"]

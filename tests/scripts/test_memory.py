@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import pytest
 
+from jaxinfer.config import DtypePolicy
 from scripts import memory
 from scripts.cgroup_memory import cgroup_memory
 
@@ -57,7 +58,7 @@ def engine_of(kv_mib: int) -> Any:
     sizes = {"parameters": 3 << 20, "kv cache": kv_mib << 20, "slots": 0, "temporaries": 1 << 20}
     return SimpleNamespace(
         config=SimpleNamespace(num_pages=8, page_size=16, max_model_len=64, max_num_seqs=2),
-        dtypes=SimpleNamespace(weights="float32", kv_cache="float32"),
+        dtypes=DtypePolicy("float32", "float32", "float32"),
         memory_by_program={1: 0},
         memory_bytes=sizes,
     )

@@ -16,6 +16,5 @@ def test_wrong_usage(run: Run, flags: list[str]) -> None:
 
 
 def test_an_empty_model_name(run: Run) -> None:
-    assert (
-        "model '' is neither a file nor a known name" in run("generate", "a", "--model", "").error
-    )
+    error = run("generate", "a", "--model", "").error
+    assert "model '' is neither a file or folder nor a known name" in error
