@@ -90,8 +90,23 @@ def _fetch(model: HubModel, progress: Progress | None) -> Path:
         done += sizes[name]
         if progress:
             progress(done, total)
+    _remember(paths[0], model.revision or "main", info.sha or "")
     # All lie in one folder, whose name is the commit.
     return paths[0] if model.file else paths[0].parent
+
+
+def _remember(file: Path, revision: str, commit: str) -> None:
+    """Notes in the cache what a branch or a tag stood for, where it is looked up without a network.
+
+    The library does so for what it resolves itself (``refs`` of its cache's layout); here it was
+    given the commit.
+    """
+    snapshots = next(parent for parent in file.parents if parent.name == "snapshots")
+    if revision == commit or ".." in revision.split("/"):
+        return
+    path = snapshots.parent / "refs" / revision.strip("/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(commit)
 
 
 def _wanted(model: HubModel, names: Iterable[str]) -> list[str]:

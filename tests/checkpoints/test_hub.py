@@ -163,8 +163,14 @@ def test_without_a_network_the_cache_is_enough(hub: Hub, monkeypatch: pytest.Mon
     folder = resolve("org/small")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.asked.clear()
-    assert resolve(f"org/small@{COMMIT}") == folder
+    assert resolve(f"org/small@{COMMIT}") == resolve("org/small") == folder
     assert hub.asked == []
+    with pytest.raises(ValueError, match="cannot fetch org/small"):
+        resolve("org/small@v1")  # the same commit, but nobody has said so yet
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert resolve("org/small@v1") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("org/small@v1") == folder
     with pytest.raises(ValueError, match=r"cannot fetch org/other: tried the cache \([^)]*\)\. Ch"):
         resolve("org/other")
 
