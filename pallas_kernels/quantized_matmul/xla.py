@@ -18,11 +18,17 @@ def int8_matmul(
     inputs: jax.Array, values: jax.Array, scales: jax.Array, *, activation_bits: int
 ) -> jax.Array:
     """See ``pallas_kernels.quantized_matmul``."""
-    if activation_bits == 8:
-        return _with_8_bits(inputs, values, scales)
-    return jax.lax.platform_dependent(
-        inputs, values, scales, cpu=_with_two_planes, default=_with_floats
-    )
+    on_cpu, elsewhere = {8: (_with_8_bits, _with_8_bits), 16: (_with_two_planes, _with_floats)}[
+        activation_bits
+    ]
+
+    def flat(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+        # Matrices of more axes take three to eight times as long: they miss the fast kernels.
+        rows = inputs.reshape(inputs.shape[0], -1)
+        products = on_cpu(rows, values.reshape(-1, rows.shape[1]), scales.reshape(-1))
+        return products.reshape(-1, *scales.shape)
+
+    return jax.lax.platform_dependent(inputs, values, scales, cpu=flat, default=elsewhere)
 
 
 def _with_8_bits(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
