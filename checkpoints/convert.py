@@ -2,16 +2,14 @@
 
 import datetime
 import hashlib
-import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints.load import NUM_THREADS, TensorCheckpoint
+from checkpoints.load import TensorCheckpoint, make_all
 from checkpoints.orbax import write_checkpoint
 from checkpoints.parameters import ParameterPath, assemble
 from checkpoints.shard_name import with_later_shards
@@ -46,18 +44,7 @@ def convert(
             raise ValueError(f"parameter {path} has values that are not finite in {dtype.name}")
         return array
 
-    parameters: dict[ParameterPath, np.ndarray] = {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        order = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
-        futures = {pool.submit(make, path): path for path in order}
-        try:
-            for future in as_completed(futures):
-                parameters[futures[future]] = future.result()
-                if progress:
-                    progress(len(parameters), len(futures))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    parameters = make_all(make, shapes, progress)
     sampling = checkpoint.default_sampling
     write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance)
 

@@ -142,20 +142,29 @@ def load_parameters(
             for name, made in quantize(array).items()
         }
 
-    loaded: dict[ParameterPath, Any] = {}
+    return _like(abstract, (), make_all(make, shapes, progress))
+
+
+def make_all(
+    make: Callable[[ParameterPath], Any],
+    shapes: Mapping[ParameterPath, tuple[int, ...]],
+    progress: Callable[[int, int], None] | None,
+) -> dict[ParameterPath, Any]:
+    """``make(path)`` of every path in ``shapes``, several at a time; the first error ends it."""
+    made: dict[ParameterPath, Any] = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         # The largest first, so that no thread is left alone with it at the end.
-        order = sorted(wanted, key=lambda path: -math.prod(shapes[path]))
+        order = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
         futures = {pool.submit(make, path): path for path in order}
         try:
             for future in as_completed(futures):
-                loaded[futures[future]] = future.result()
+                made[futures[future]] = future.result()
                 if progress:
-                    progress(len(loaded), len(futures))
+                    progress(len(made), len(futures))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return _like(abstract, (), loaded)
+    return made
 
 
 def _leaves(tree: Any, path: ParameterPath, quantizers: Mapping[ParameterPath, Quantizer]):

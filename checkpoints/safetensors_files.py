@@ -92,7 +92,8 @@ class SafetensorsFiles:
             raise ValueError(f"{path}: no such file, or not a regular one")
         try:
             file = safe_open(path, framework="numpy")
-            for name in file.keys():  # noqa: SIM118  # no mapping
+            names = file.keys()  # the file itself is no mapping
+            for name in names:
                 if name in self._tensors:
                     raise ValueError(f"{path}: tensor {name!r:.80} is in another file too")
                 part = file.get_slice(name)

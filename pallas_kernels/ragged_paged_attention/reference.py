@@ -1,6 +1,6 @@
 """The definition of ragged paged attention: every score of every row in float32, nothing clever."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ def abstract_kv_pages(
     device_kind: str,
 ) -> LogicalKVPages:
     """Shapes of a layer's pages."""
-    pages = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
-    return LogicalKVPages(pages, pages)  # type: ignore[arg-type]
+    pages: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
+    return LogicalKVPages(pages, pages)
 
 
 def from_logical(keys: jax.Array, values: jax.Array) -> LogicalKVPages:
@@ -35,7 +35,7 @@ def from_logical(keys: jax.Array, values: jax.Array) -> LogicalKVPages:
 
 def to_logical(kv_pages: LogicalKVPages, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """The inverse of ``from_logical``."""
-    return tuple(kv_pages)  # type: ignore[return-value]
+    return kv_pages.keys, kv_pages.values
 
 
 def ragged_paged_attention(

@@ -109,13 +109,13 @@ def abstract_kv_pages(
         raise NotImplementedError(
             f"a page of {page_size} tokens is no multiple of {granule}, for {dtype}"
         )
-    pages = packed_shape(num_pages, page_size, num_kv_heads, head_dim)
-    scales = scales_shape(num_pages, page_size, num_kv_heads)
-    return PackedKVPages(
-        jax.ShapeDtypeStruct(pages, dtype),  # type: ignore[arg-type]
-        jax.ShapeDtypeStruct(scales, jnp.float32) if is_quantized else None,  # type: ignore[arg-type]
-        device_kind,
-    )
+    shape = packed_shape(num_pages, page_size, num_kv_heads, head_dim)
+    pages: Any = jax.ShapeDtypeStruct(shape, dtype)
+    scales: Any = None
+    if is_quantized:
+        shape = scales_shape(num_pages, page_size, num_kv_heads)
+        scales = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return PackedKVPages(pages, scales, device_kind)
 
 
 def block_sizes(kv_pages: PackedKVPages, group: int, num_kv_heads: int) -> dict[str, int]:

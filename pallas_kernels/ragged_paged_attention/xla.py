@@ -8,7 +8,7 @@ reduction is vectorized differently for different row counts, and so is a produc
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ def abstract_kv_pages(
     device_kind: str,
 ) -> TransposedKVPages:
     """Shapes of a layer's pages."""
-    keys = jax.ShapeDtypeStruct((num_pages, num_kv_heads, head_dim, page_size), dtype)
-    values = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
-    return TransposedKVPages(keys, values)  # type: ignore[arg-type]
+    keys: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, head_dim, page_size), dtype)
+    values: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
+    return TransposedKVPages(keys, values)
 
 
 def from_logical(keys: jax.Array, values: jax.Array) -> TransposedKVPages:
