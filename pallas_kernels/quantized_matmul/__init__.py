@@ -1,19 +1,24 @@
-"""Products of activations with matrices of 8-bit integers.
+"""Products of activations with matrices of 8-bit and 4-bit integers.
 
-Axis letters: T rows, I inputs (one axis or several), O outputs (one axis or several). A matrix
-[O..., I...] stands for ``values * scales``: one scale for each output, since a product can then be
-taken of the integers alone.
+Axis letters: T rows, I inputs (one axis or several), O outputs (one axis or several), G inputs of
+a group. Two forms of matrices, by what their scales belong to:
+
+- an output each, ``int8_matmul``: a product can be taken of the integers alone. [O..., I...], so
+  that the integers of an output lie together.
+- a group of inputs of an output each, ``grouped_matmul``: integers are scaled before they are
+  summed. [I, O...], so that a group's scales lie beside each other as its outputs do.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.quantized_matmul import reference, xla
 
-__all__ = ["IMPLEMENTATIONS", "int8_matmul"]
+__all__ = ["IMPLEMENTATIONS", "grouped_matmul", "int8_matmul"]
 
 # The first that does not decline is taken; `reference` is the definition, never the fast path.
 IMPLEMENTATIONS: Mapping[str, Any] = {"xla": xla, "reference": reference}
@@ -25,14 +30,16 @@ def int8_matmul(
     scales: jax.Array,
     *,
     activation_bits: int,
+    activation_group: int | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """[T, I...] times the transpose of ``values * scales``: [T, O...] float32.
 
     ``values`` int8 [O..., I...], ``scales`` float32 [O...]. ``activation_bits`` 8: each row of
-    ``inputs`` is rounded to integers in [-127, 127] of its own scale, max |row| / 127 (Dettmers et
-    al. 2022 without outliers), wherever it runs. 16: rows keep their precision, or as much of it
-    as 15 bits hold. Raises ``ValueError`` for shapes that do not fit together.
+    ``inputs``, or each ``activation_group`` numbers of a row, is rounded to integers in [-127, 127]
+    of a scale of its own, max |x| / 127 (Dettmers et al. 2022 without outliers; Dai et al. 2021 for
+    groups), wherever it runs. 16: rows keep their precision, or as much of it as 15 bits hold.
+    Raises ``ValueError`` for shapes that do not fit together.
     """
     if activation_bits not in (8, 16):
         raise ValueError(f"activation_bits must be 8 or 16, got {activation_bits}")
@@ -41,6 +48,12 @@ def int8_matmul(
         raise ValueError(f"rows {inputs.shape[1:]} do not fit a matrix {values.shape}")
     if scales.shape != values.shape[: values.ndim - num_inputs]:
         raise ValueError(f"scales {scales.shape} do not fit a matrix {values.shape}")
+    if activation_group is not None:
+        if activation_bits != 8:
+            raise ValueError("activation_group is for activation_bits 8")
+        size = inputs.size // inputs.shape[0]
+        if activation_group < 1 or size % activation_group:
+            raise ValueError(f"rows of {size} cannot be cut into groups of {activation_group}")
     return dispatch(
         "int8_matmul",
         {name: module.int8_matmul for name, module in IMPLEMENTATIONS.items()},
@@ -49,4 +62,45 @@ def int8_matmul(
         values,
         scales,
         activation_bits=activation_bits,
+        activation_group=activation_group,
+    )
+
+
+def grouped_matmul(
+    inputs: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    minimums: jax.Array | None = None,
+    *,
+    backend: str | None = None,
+) -> jax.Array:
+    """[T, I] times a matrix that is ``(values * scales + minimums)``: [T, O...] float32.
+
+    ``values`` int8 [I, O...], or uint8 [I/2, O...]: two integers 0..15 in a byte (``nibbles``),
+    which stand for -8..7 where there are no ``minimums``. ``scales`` and ``minimums`` [I/G, O...]
+    float16 or float32, one for each G inputs of an output. The numbers are those of llama.cpp's
+    Q8_0, Q4_0 and Q4_1 (``ggml-quants.c``) with G = 32 and float16. Activations keep their dtype,
+    in which the matrix is multiplied; sums are float32.
+    Raises ``ValueError`` for shapes and dtypes that do not fit together.
+    """
+    num_inputs = values.shape[0] * (2 if values.dtype == jnp.uint8 else 1)
+    if values.dtype not in (jnp.int8, jnp.uint8):
+        raise ValueError(f"values must be int8 or uint8 (two in a byte), got {values.dtype}")
+    if inputs.ndim != 2 or inputs.shape[1] != num_inputs:
+        raise ValueError(f"rows {inputs.shape[1:]} do not fit a matrix of {num_inputs} inputs")
+    num_groups = scales.shape[0]
+    if scales.shape[1:] != values.shape[1:] or num_inputs % max(1, num_groups) or not num_groups:
+        raise ValueError(f"scales {scales.shape} do not fit a matrix {values.shape}")
+    if values.dtype == jnp.uint8 and num_inputs // num_groups % 2:
+        raise ValueError(f"groups of {num_inputs // num_groups} do not fill bytes")
+    if minimums is not None and minimums.shape != scales.shape:
+        raise ValueError(f"minimums {minimums.shape} do not fit scales {scales.shape}")
+    return dispatch(
+        "grouped_matmul",
+        {name: module.grouped_matmul for name, module in IMPLEMENTATIONS.items()},
+        backend,
+        inputs,
+        values,
+        scales,
+        minimums,
     )

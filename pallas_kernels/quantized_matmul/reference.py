@@ -3,17 +3,53 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantized_matmul.nibbles import unpack_nibbles
+
 
 def int8_matmul(
-    inputs: jax.Array, values: jax.Array, scales: jax.Array, *, activation_bits: int
+    inputs: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    *,
+    activation_bits: int,
+    activation_group: int | None = None,
 ) -> jax.Array:
     """See ``pallas_kernels.quantized_matmul``."""
     x = inputs.astype(jnp.float32)
     num_inputs = x.ndim - 1
     if activation_bits == 8:
-        row_axes = tuple(range(1, x.ndim))
-        scale = jnp.max(jnp.abs(x), axis=row_axes, keepdims=True) / 127
-        x = jnp.round(x / jnp.where(scale == 0, 1, scale)) * scale
+        groups = x.reshape(x.shape[0], -1, activation_group or x[0].size)
+        scale = jnp.max(jnp.abs(groups), axis=2, keepdims=True) / 127
+        x = (jnp.round(groups / jnp.where(scale == 0, 1, scale)) * scale).reshape(x.shape)
     weights = values * jnp.expand_dims(scales, tuple(range(scales.ndim, values.ndim)))
     axes = tuple(range(1, x.ndim)), tuple(range(values.ndim - num_inputs, values.ndim))
     return jnp.tensordot(x, weights, axes, precision=jax.lax.Precision.HIGHEST)
+
+
+def grouped_matmul(
+    inputs: jax.Array, values: jax.Array, scales: jax.Array, minimums: jax.Array | None
+) -> jax.Array:
+    """See ``pallas_kernels.quantized_matmul``."""
+    matrix = dequantized(values, scales, minimums, axis=0)
+    x = inputs.astype(jnp.float32)
+    return jnp.tensordot(x, matrix, 1, precision=jax.lax.Precision.HIGHEST)
+
+
+def dequantized(
+    values: jax.Array, scales: jax.Array, minimums: jax.Array | None, *, axis: int
+) -> jax.Array:
+    """The matrix of ``grouped_matmul`` in float32, with its inputs at ``axis``."""
+    is_packed = values.dtype == jnp.uint8
+    group = values.shape[axis] * (2 if is_packed else 1) // scales.shape[axis]
+    integers = unpack_nibbles(values, group, axis) if is_packed else values
+    before, after = integers.shape[:axis], integers.shape[axis + 1 :]
+    numbers = integers.reshape(*before, -1, group, *after).astype(jnp.float32)
+    if minimums is None:
+        numbers = (numbers - 8 if is_packed else numbers) * _of_groups(scales, axis)
+    else:
+        numbers = numbers * _of_groups(scales, axis) + _of_groups(minimums, axis)
+    return numbers.reshape(integers.shape)
+
+
+def _of_groups(array: jax.Array, axis: int) -> jax.Array:
+    return jnp.expand_dims(array.astype(jnp.float32), axis + 1)

@@ -1,12 +1,16 @@
-"""Products of 8-bit integers in plain XLA; runs anywhere.
+"""Products with matrices of integers in plain XLA; runs anywhere.
 
 XLA:CPU has a fast product of int8 with int8 and a slow one of int8 with anything else (ten times
 the time of float32): activations are integers there, in two planes of 8 bits where they are to keep
 16. Sums of integers are exact, so a row's bits depend on nothing but the row.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.reference import dequantized
 
 # Two planes hold integers in [-127 * 128, 127 * 128]: high * 128 + low, low in [-64, 63].
 _PLANE = 128
@@ -15,12 +19,17 @@ MAX_16_BIT = 127 * _PLANE
 
 
 def int8_matmul(
-    inputs: jax.Array, values: jax.Array, scales: jax.Array, *, activation_bits: int
+    inputs: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    *,
+    activation_bits: int,
+    activation_group: int | None = None,
 ) -> jax.Array:
     """See ``pallas_kernels.quantized_matmul``."""
-    on_cpu, elsewhere = {8: (_with_8_bits, _with_8_bits), 16: (_with_two_planes, _with_floats)}[
-        activation_bits
-    ]
+    group = activation_group
+    eight = _with_8_bits if group is None else functools.partial(_with_8_bit_groups, group=group)
+    on_cpu, elsewhere = {8: (eight, eight), 16: (_with_two_planes, _with_floats)}[activation_bits]
 
     def flat(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
         # Matrices of more axes take three to eight times as long: they miss the fast kernels.
@@ -28,13 +37,46 @@ def int8_matmul(
         products = on_cpu(rows, values.reshape(-1, rows.shape[1]), scales.reshape(-1))
         return products.reshape(-1, *scales.shape)
 
+    if group is not None:  # groups of a row, however many axes it has
+        return flat(inputs, values, scales)
     return jax.lax.platform_dependent(inputs, values, scales, cpu=flat, default=elsewhere)
+
+
+def grouped_matmul(
+    inputs: jax.Array, values: jax.Array, scales: jax.Array, minimums: jax.Array | None
+) -> jax.Array:
+    """See ``pallas_kernels.quantized_matmul``.
+
+    The matrix is made whole, in the activations' dtype, for every call: on CPU in float32, so that
+    a product is that of the dequantized checkpoint to the bit.
+    """
+    matrix = dequantized(values, scales, minimums, axis=0).astype(inputs.dtype)
+    flat = matrix.reshape(matrix.shape[0], -1)
+    products = jnp.dot(inputs, flat, preferred_element_type=jnp.float32)
+    return products.reshape(-1, *matrix.shape[1:])
 
 
 def _with_8_bits(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
     row_scales, integers = _quantize_rows(inputs, 127)
     sums = _integer_product(integers.astype(jnp.int8), values)
     return _scaled(sums.astype(jnp.float32), row_scales, scales)
+
+
+def _with_8_bit_groups(
+    inputs: jax.Array, values: jax.Array, scales: jax.Array, *, group: int
+) -> jax.Array:
+    """[T, I], [O, I], [O] -> [T, O]: one product of integers for each group, then their sum."""
+    num_rows = inputs.shape[0]
+    group_scales, integers = _quantize_rows(inputs.reshape(-1, group), 127)
+    rows = integers.astype(jnp.int8).reshape(num_rows, -1, group)
+    if num_rows == 1:  # see _integer_product
+        rows = jnp.concatenate([rows, rows])
+    dimensions = (((2,), (2,)), ((1,), (1,)))
+    by_group = values.reshape(values.shape[0], -1, group)
+    sums = jax.lax.dot_general(rows, by_group, dimensions, preferred_element_type=jnp.int32)
+    sums = sums[:, :num_rows].astype(jnp.float32)  # [I/G, T, O]
+    weighted = sums * group_scales.reshape(num_rows, -1).T[:, :, None]
+    return jnp.sum(weighted, axis=0) * scales[None]
 
 
 def _with_two_planes(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
