@@ -2,6 +2,7 @@
 #
 #   make serve ARGS="--port 50077"      installs what the server needs, then starts it
 #   make test ARGS="-k scheduler"       installs the development packages too, then runs the tests
+#   make test WORKERS=0                 in one process: half the memory, twice the time
 #   make serve EXTRAS=gpu ARGS="--gpu"  an accelerator's packages as well: gpu or tpu
 #
 # Packages are only ever added to .venv. Name the EXTRAS again after constraints.txt has changed.
@@ -13,6 +14,8 @@ SHELL := /bin/bash
 
 ARGS ?=
 EXTRAS ?=
+# Processes of the tests. Each takes up to 5 GB, and all share the cores.
+WORKERS ?= 2
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -56,7 +59,7 @@ serve: $(RUNTIME) ## start the server; ARGS are its flags
 	@exec $(PYTHON) scripts/serve.py $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests; ARGS are pytest's
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are bench_peers.py's
 	@$(PYTHON) scripts/bench_peers.py --peers '$(PEERS)' --only jaxinfer jaxinfer-fast \

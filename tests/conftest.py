@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,10 @@ settings.load_profile("deterministic")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Programs that several tests want are compiled once, and the next run finds them."""
+    # Shells start what runs behind them with Ctrl-C ignored, and that is inherited by programs that
+    # tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert config.cache is not None
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
