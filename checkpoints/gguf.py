@@ -5,6 +5,7 @@ setting that would change the computation in a way the model does not know is re
 ignored.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from checkpoints.gguf_blocks import dequantize_columns, dequantize_rows
 from checkpoints.gguf_config import ROPE_TENSORS, read_model
+from checkpoints.gguf_integers import HELD, split_blocks
 from checkpoints.gguf_metadata import metadata_value
 from checkpoints.gguf_split import GGUFFiles
 from checkpoints.gguf_tokenizer import read_tokenizer
@@ -21,6 +23,7 @@ from checkpoints.tensor_names import GGUF_LAYER, GGUF_MODEL, tensor_places
 from jaxinfer.config import SentencePieceSpec, TokenizerSpec
 from jaxinfer.models import family, parameter_shapes
 from jaxinfer.request import SamplingParams
+from jaxinfer.weights import Format, Integers
 
 
 class GGUFCheckpoint:
@@ -32,6 +35,8 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # What of itself a scale was off at most, by types of tensors whose integers were read.
+        self.rounding: dict[str, float] = {}
         self._file = GGUFFiles(path)
         self._metadata = self._file.metadata
         with _named(path):
@@ -77,6 +82,28 @@ class GGUFCheckpoint:
         if self._family.gguf_permutes and name.endswith((".q", ".k")):
             data = _unpermute_rows(data, self.model.head_dim)
         return dequantize_columns(data, tensor_type).T
+
+    def held_format(self, name: str) -> Format | None:
+        """What a tensor's integers can be kept in, None where it is of floats. Canonical names."""
+        held = HELD.get(self._file.tensors[self._places[name].names[0]].type.name)
+        return held.form if held else None
+
+    def integers(self, name: str) -> Integers:
+        """A tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
+        place, shape = self._places[name], self._shapes[name]
+        tensor_type = self._file.tensors[place.names[0]].type
+        data = self._file.tensor_bytes(place.names[0])
+        if len(shape) == 2:
+            data = data[place.rows]
+        if self._family.gguf_permutes and name.endswith((".q", ".k")):
+            data = _unpermute_rows(data, self.model.head_dim)
+        parts, error = split_blocks(data.reshape(math.prod(shape[:-1]), -1), tensor_type)
+        self.rounding[tensor_type.name] = max(error, self.rounding.get(tensor_type.name, 0.0))
+        return Integers(
+            parts.values.reshape(shape),
+            parts.scales.reshape(*shape[:-1], -1),
+            None if parts.minimums is None else parts.minimums.reshape(*shape[:-1], -1),
+        )
 
     def _check_tensors(self) -> None:
         """Every tensor the model needs is there in its shape, and there is no other."""

@@ -114,19 +114,19 @@ def _q4_1(blocks: np.ndarray, out: np.ndarray) -> None:
 
 def _q5_0(blocks: np.ndarray, out: np.ndarray) -> None:
     """x = d (q - 16), with d float16 and q in 0..31: nibbles as in Q4_0 and 32 fifth bits."""
-    quants = _five_bits(blocks[:, 2:6], blocks[:, 6:22])
+    quants = five_bits(blocks[:, 2:6], blocks[:, 6:22])
     np.subtract(quants, np.float32(16), out=out)
     out *= half(blocks, 0)
 
 
 def _q5_1(blocks: np.ndarray, out: np.ndarray) -> None:
     """x = d q + m, with d and m float16 and q in 0..31."""
-    quants = _five_bits(blocks[:, 4:8], blocks[:, 8:24])
+    quants = five_bits(blocks[:, 4:8], blocks[:, 8:24])
     np.multiply(quants, half(blocks, 0), out=out)
     out += half(blocks, 2)
 
 
-def _five_bits(high: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
+def five_bits(high: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
     """[N, 32, M]: bit i of the four bytes ``high`` is the fifth bit of element i."""
     quants = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=1)
     bits = np.arange(8, dtype=np.uint8)[None, :, None]

@@ -16,6 +16,7 @@ import numpy as np
 
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.gguf_file import MAGIC
+from checkpoints.held import HoldsIntegers, held_integers
 from checkpoints.hugging_face import CONFIG, HuggingFaceCheckpoint
 from checkpoints.orbax import DESCRIPTION, OrbaxCheckpoint
 from checkpoints.parameters import ParameterPath, assemble
@@ -24,7 +25,7 @@ from jaxinfer.config import AnyTokenizer, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, physical_shape, place
-from jaxinfer.weights import Quantizer
+from jaxinfer.weights import GroupedFormat, Integers, QuantizedWeight
 
 # Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
 NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -101,13 +102,15 @@ def load_parameters(
     abstract: Mapping[Any, Any],
     progress: Callable[[int, int], None] | None = None,
     num_devices: int = 1,
-    quantizers: Mapping[ParameterPath, Quantizer] = MappingProxyType({}),
+    quantized: Mapping[ParameterPath, QuantizedWeight] = MappingProxyType({}),
+    keeps: bool = False,
 ) -> dict[Any, Any]:
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
     ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``, the
     parameters of the model's own module; checkpoints/parameters.py says what each is made of.
-    A matrix that ``quantizers`` name is a dict there, of the arrays that its quantizer makes.
+    A matrix in ``quantized`` is a dict there, of the arrays that its declaration makes: rounded
+    here, or with ``keeps`` the integers that the checkpoint has (see held.py).
 
     ``num_devices`` is what ``abstract`` was made for: its shapes are those of ``physical_model``,
     and heads are repeated and ends padded with zeros accordingly.
@@ -115,11 +118,11 @@ def load_parameters(
     parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
     naming the paths that are missing, unknown, of another shape, or not finite (and their file).
     """
-    wanted: dict[ParameterPath, Any] = dict(_leaves(abstract, (), quantizers))
+    wanted: dict[ParameterPath, Any] = dict(_leaves(abstract, (), quantized))
     model = checkpoint.model
-    _check_paths(wanted, model, num_devices, quantizers)
+    _check_paths(wanted, model, num_devices, quantized)
     if isinstance(checkpoint, OrbaxCheckpoint):
-        if quantizers:
+        if quantized:
             raise ValueError(
                 f"{checkpoint.folder}: a converted folder cannot be quantized yet: give --quantize "
                 "with what it was converted from"
@@ -127,20 +130,42 @@ def load_parameters(
         return _like(abstract, (), checkpoint.restore(wanted, num_devices, progress))
     shapes = parameter_shapes(model)
 
+    physical = physical_model(model, num_devices)
+
+    def whole(path: ParameterPath, array: np.ndarray) -> np.ndarray:
+        return physical_parameter(str(path[-1]), array, model, physical)
+
+    def kept(path: ParameterPath, weight: QuantizedWeight) -> Integers:
+        assert isinstance(checkpoint, HoldsIntegers)
+        parts = held_integers(checkpoint, path, shapes[path], weight)
+        if model == physical:
+            return parts
+        values = whole(path, parts.values)
+        if isinstance(weight.form, GroupedFormat):
+            minimums = None if parts.minimums is None else whole(path, parts.minimums)
+            return Integers(values, whole(path, parts.scales), minimums)
+        # An output's scale is that of all its inputs, of which the first is never padding.
+        scales = whole(path, np.broadcast_to(parts.scales, parts.values.shape))
+        first = tuple(slice(1) if i in weight.inputs else slice(None) for i in range(scales.ndim))
+        return Integers(values, scales[first])
+
     def make(path: ParameterPath) -> Any:
-        quantize = quantizers.get(path)
-        dtype = np.dtype(np.float32 if quantize else wanted[path].dtype)
-        is_tied = model.tie_word_embeddings
-        array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
-        _check_finite(array, path, checkpoint)
-        physical = physical_model(model, num_devices)
-        array = physical_parameter(str(path[-1]), array, model, physical)
-        if quantize is None:
-            return place(array, wanted[path])
-        return {
-            name: place(np.asarray(made), wanted[path][name])
-            for name, made in quantize(array).items()
-        }
+        weight = quantized.get(path)
+        if weight is not None and keeps:
+            made = weight.keep(kept(path, weight))
+        else:
+            dtype = np.dtype(np.float32 if weight else wanted[path].dtype)
+            is_tied = model.tie_word_embeddings
+            array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
+            _check_finite(array, path, checkpoint)
+            array = whole(path, array)
+            if weight is None:
+                return place(array, wanted[path])
+            made = weight.quantize(array)
+        for array in made.values():
+            if array.dtype.kind == "f":
+                _check_finite(array, path, checkpoint)
+        return {name: place(np.asarray(made[name]), wanted[path][name]) for name in made}
 
     return _like(abstract, (), make_all(make, shapes, progress))
 
@@ -167,11 +192,11 @@ def make_all(
     return made
 
 
-def _leaves(tree: Any, path: ParameterPath, quantizers: Mapping[ParameterPath, Quantizer]):
+def _leaves(tree: Any, path: ParameterPath, quantized: Mapping[ParameterPath, QuantizedWeight]):
     """Arrays by their paths; a quantized matrix is one, with all that it has."""
-    if isinstance(tree, Mapping) and path not in quantizers:
+    if isinstance(tree, Mapping) and path not in quantized:
         for key, value in tree.items():
-            yield from _leaves(value, (*path, key), quantizers)
+            yield from _leaves(value, (*path, key), quantized)
     else:
         yield path, tree
 
@@ -186,7 +211,7 @@ def _check_paths(
     wanted: Mapping[ParameterPath, Any],
     model: ModelConfig,
     num_devices: int,
-    quantizers: Mapping[ParameterPath, Quantizer],
+    quantized: Mapping[ParameterPath, QuantizedWeight],
 ) -> None:
     physical = physical_model(model, num_devices)
     expected = parameter_shapes(model)
@@ -197,7 +222,7 @@ def _check_paths(
         shape = physical_shape(str(path[-1]), logical, physical)
         if path not in wanted:
             raise ValueError(f"the model lacks parameter {path}, which the checkpoint has")
-        if path in quantizers:
+        if path in quantized:
             continue
         if tuple(wanted[path].shape) != shape:
             raise ValueError(

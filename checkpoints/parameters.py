@@ -28,12 +28,17 @@ def tensor_shapes(
     return shapes
 
 
+def source_names(path: ParameterPath, shape: Shape, is_tied: bool) -> list[str]:
+    """The canonical tensors that the parameter at ``path`` is made of."""
+    return [_prefix(path) + part for part in _sources(str(path[-1]), shape, is_tied)]
+
+
 def assemble(
     path: ParameterPath, shape: Shape, dtype: np.dtype, tensor: ReadTensor, is_tied: bool
 ) -> np.ndarray:
     """The parameter at ``path``, of logical ``shape``; ``tensor`` takes canonical names."""
-    name, prefix = str(path[-1]), _prefix(path)
-    parts = [tensor(prefix + part) for part in _sources(name, shape, is_tied)]
+    name = str(path[-1])
+    parts = [tensor(source) for source in source_names(path, shape, is_tied)]
     match name:
         case "qkv":
             return _stack_heads(parts, shape, dtype)

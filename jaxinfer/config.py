@@ -4,7 +4,7 @@ Field names are those of a Hugging Face ``config.json`` where one exists.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,20 @@ class TokenizerJson(Vocabulary):
 AnyTokenizer = TokenizerSpec | SentencePieceSpec | TokenizerJson
 
 
+# Paths of parameters, and the format of each (jaxinfer/weights).
+MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
+
+# As the checkpoint holds them: a name of what is no format but many.
+KEPT = "checkpoint"
+
+
 @dataclass(frozen=True)
 class DtypePolicy:
     """Names of the dtypes a model runs in. Logits, softmax and norms are float32 everywhere.
 
-    ``quantization``: name of the format of matrices (jaxinfer/weights), None for ``weights``.
+    ``quantization``: name of the format of matrices (jaxinfer/weights), None for ``weights``;
+    KEPT for that of the checkpoint, where ``matrix_formats`` has the formats by parameters' paths
+    (those that are not in it are in ``weights``).
     """
 
     weights: str
@@ -216,6 +225,7 @@ class DtypePolicy:
     kv_cache: str
     logits: str = "float32"
     quantization: str | None = None
+    matrix_formats: MatrixFormats = ()
 
     @property
     def matrices(self) -> str:

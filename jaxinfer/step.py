@@ -21,6 +21,7 @@ from jaxinfer.logprobs import LogprobColumns, token_logprobs
 from jaxinfer.request import LIMITS
 from jaxinfer.sampling import SamplingColumns, SlotTables, sample
 from jaxinfer.sharding import named_sharding
+from jaxinfer.weights import multiplies_floats
 from pallas_kernels.ragged_paged_attention import KVPages, QueryTiles, RaggedBatch
 
 Parameters = dict[Any, Any]
@@ -271,7 +272,7 @@ def compiler_options(
     rows; they are taken where ``batch_invariant`` is not asked for. Products of integers need them
     (a tenth of the time), and sums of integers have the same bits in every blocking.
     """
-    is_float = dtypes.quantization is None and dtypes.weights == "float32"
+    is_float = multiplies_floats(dtypes) and dtypes.weights == "float32"
     if platform == "cpu" and is_float and batch_invariant:
         return {"xla_cpu_experimental_ynn_fusion_type": ""}
     return {}

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 
 from checkpoints.catalog import CATALOG, hub_model, resolve, user_cache_folder
 from checkpoints.configs import configured_models, model_config
+from checkpoints.held import HoldsIntegers, held_formats
 from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import KEPT, DtypePolicy, EngineConfig, MatrixFormats, ModelConfig
 from jaxinfer.engine import Engine
-from jaxinfer.models import quantizers
+from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import (
     Device,
@@ -113,9 +114,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantize",
-        choices=list(FORMATS),
-        help="hold matrices in 8 bits: int8 keeps activations as they are, int8-dynamic rounds "
-        "them to 8 bits too, each row by its own scale (default: not at all)",
+        choices=["none", KEPT, *FORMATS],
+        default="none",
+        help="hold matrices as integers: those the checkpoint has, or rounded to 8 or 4 bits "
+        "while it is read. int8: a scale for each output; int8-dynamic rounds activations to 8 "
+        "bits too, each row by its own scale, int8-dynamic-64 each 64 numbers of a row; int4: a "
+        "scale and a minimum for each 32 inputs (or 64, 128) of an output, -symmetric without the "
+        "minimum (default: %(default)s)",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -208,7 +213,8 @@ def load_model(
             engine.abstract_parameters,
             progress,
             num_tensor_devices(plan.mesh),
-            quantizers(checkpoint.model, plan.dtypes, plan.mesh),
+            quantized_weights(checkpoint.model, plan.dtypes, plan.mesh),
+            keeps=plan.dtypes.quantization == KEPT,
         )
         jax.block_until_ready(parameters)
     with phases.phase("compile", unit="programs") as progress:
@@ -265,9 +271,22 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         num_tensor = default_tensor_parallel(model, len(devices), options.data_parallel)
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype, options.quantize)
+    quantization = None if options.quantize == "none" else options.quantize
+    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype, quantization)
+    if quantization == KEPT:
+        dtypes = dataclasses.replace(dtypes, matrix_formats=_held_formats(options, checkpoint))
     config = engine_config(options, model, dtypes, mesh)
     return Plan(checkpoint, model, config, dtypes, devices, mesh)
+
+
+def _held_formats(options: argparse.Namespace, checkpoint: Checkpoint | None) -> MatrixFormats:
+    found = held_formats(checkpoint) if isinstance(checkpoint, HoldsIntegers) else ()
+    if not found:
+        raise ValueError(
+            f"{options.model} holds no matrices of integers: --quantize {KEPT} is for GGUF files "
+            f"and folders that do; there are {', '.join(FORMATS)}"
+        )
+    return found
 
 
 def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:

@@ -1,7 +1,9 @@
 """An estimate of speed from what a step reads and computes, and a chip's peaks: no measurement."""
 
+import dataclasses
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
@@ -69,7 +71,7 @@ class Roofline:
         size = 3 * physical.hidden_size * physical.intermediate_size * physical.num_experts
         return physical.num_hidden_layers * size * self._itemsize / self.mesh.size
 
-    def _embedding_bytes(self) -> int:
+    def _embedding_bytes(self) -> float:
         if self.model.tie_word_embeddings:
             return 0
         physical = physical_model(self.model, self.mesh.size)
@@ -77,11 +79,12 @@ class Roofline:
         return size * self._itemsize
 
     @property
-    def _itemsize(self) -> int:
-        """Bytes of a matrix's number."""
-        if self.dtypes.quantization is not None:
-            return 1
-        return 4 if self.dtypes.weights == "float32" else 2
+    def _itemsize(self) -> float:
+        """Bytes of a matrix's number, its part of the scales included."""
+        plain = dataclasses.replace(self.dtypes, quantization=None, matrix_formats=())
+        whole = parameter_bytes(self.model, plain, self.mesh)
+        own = parameter_bytes(self.model, self.dtypes, self.mesh)
+        return own / whole * jnp.dtype(self.dtypes.weights).itemsize
 
     def _token_bytes(self) -> float:
         """Keys and values of one token on one chip."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
 from jaxinfer.config import DtypePolicy, EngineConfig
-from jaxinfer.models import quantizers
+from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, place
@@ -40,11 +40,11 @@ def in_format(loaded: LoadedModel, name: str) -> LoadedModel:
     dtypes = dataclasses.replace(loaded.dtypes, quantization=name)
     mesh = loaded.engine.mesh
     _, state = models.abstract(loaded.model, dtypes, mesh)
-    made = quantizers(loaded.model, dtypes, mesh)
+    made = quantized_weights(loaded.model, dtypes, mesh)
 
     def quantize(tree: Any, path: tuple[Any, ...]) -> Any:
         if path in made:
-            return dict(jax.jit(made[path])(tree))
+            return dict(jax.jit(made[path].quantize)(tree))
         if isinstance(tree, Mapping):
             return {key: quantize(value, (*path, key)) for key, value in tree.items()}
         return tree

@@ -13,7 +13,8 @@ from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models.family import Family
 from jaxinfer.models.fields import Fields
-from jaxinfer.weights import Quantizer
+from jaxinfer.sharding import num_tensor_devices
+from jaxinfer.weights import MatrixPath, QuantizedWeight
 
 # ``model_type`` of a config.json -> its file here; imported when asked for.
 ARCHITECTURES: Mapping[str, str] = {
@@ -75,7 +76,9 @@ def build(
     module = family(model.architecture).module
     # Parameters carry logical axis names and no mesh: they are placed by jaxinfer.sharding.
     with nnx.use_eager_sharding(False):
-        return module(model, dtypes, rngs or nnx.Rngs(0), mesh)
+        built = module(model, dtypes, rngs or nnx.Rngs(0), mesh)
+        weights.quantize_module(built, dtypes, num_tensor_devices(mesh))
+        return built
 
 
 def abstract(
@@ -85,15 +88,15 @@ def abstract(
     return nnx.split(nnx.eval_shape(lambda: build(model, dtypes, mesh=mesh)))
 
 
-def quantizers(
+def quantized_weights(
     model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh | None = None
-) -> Mapping[tuple[str | int, ...], Quantizer]:
-    """What makes the arrays of a quantized matrix, by its path; {} where none is."""
-    found: dict[tuple[str | int, ...], Quantizer] = {}
+) -> Mapping[MatrixPath, QuantizedWeight]:
+    """The declarations of quantized matrices, by path; {} where none is. They hold no numbers."""
+    found: dict[MatrixPath, QuantizedWeight] = {}
 
     def look() -> Any:
         module = build(model, dtypes, mesh=mesh)
-        found.update(weights.quantizers(module))
+        found.update(weights.quantized_weights(module))
         return module
 
     if dtypes.quantization is not None:

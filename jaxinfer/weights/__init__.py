@@ -5,7 +5,7 @@ back is a plain parameter or a module whose class knows its arrays, how to make 
 multiply with them; models, sharding and checkpoints know no format by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,18 +14,31 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.config import DtypePolicy
+from jaxinfer.sharding import RULES
+from jaxinfer.weights.formats import (
+    FORMATS,
+    Format,
+    GroupedFormat,
+    Int8Format,
+    parse_format,
+)
+from jaxinfer.weights.grouped import GroupedMatrix, GroupedWeight
 from jaxinfer.weights.int8 import Int8Matrix, Int8Weight
+from jaxinfer.weights.integers import Integers
 
-Array = np.ndarray | jax.Array
-# A matrix in float32 -> the arrays of its format, by their names.
-Quantizer = Callable[[Array], Mapping[str, Array]]
-Weight = nnx.Param[jax.Array] | Int8Weight
-Matrix = jax.Array | Int8Matrix
+__all__ = ["FORMATS", "Format", "GroupedFormat", "Int8Format", "Integers", "parse_format"]
+__all__ += ["MatrixPath", "QuantizedWeight", "Weight", "declare", "grouped_product", "matrix"]
+__all__ += ["multiplies_floats", "outputs", "product", "quantize_module", "quantized_weights"]
 
-# Name of a format -> its matrix, given initial values, logical axes and the axes summed over.
-FORMATS: Mapping[str, Callable[..., Int8Weight]] = {
-    "int8": lambda *matrix: Int8Weight(*matrix, activation_bits=16),
-    "int8-dynamic": lambda *matrix: Int8Weight(*matrix, activation_bits=8),
+QuantizedWeight = Int8Weight | GroupedWeight
+QuantizedMatrix = Int8Matrix | GroupedMatrix
+Weight = nnx.Param[jax.Array] | QuantizedWeight
+Matrix = jax.Array | QuantizedMatrix
+MatrixPath = tuple[str | int, ...]
+
+_WEIGHTS: Mapping[type, Callable[..., QuantizedWeight]] = {
+    Int8Format: Int8Weight,
+    GroupedFormat: GroupedWeight,
 }
 
 
@@ -38,33 +51,79 @@ def declare(
 ) -> Any:
     """A matrix of logical ``shape`` with ``axes``, of which ``inputs`` are summed over.
 
-    Initialised normal(n^-1/2), n the size of ``inputs``.
+    Initialised normal(n^-1/2), n the size of ``inputs``. ``quantize_module`` puts another format
+    in its place.
     """
     fan_in = int(np.prod([shape[axis] for axis in inputs]))
     initializer = jax.nn.initializers.normal(fan_in**-0.5)
     value = initializer(rngs.params(), shape, jnp.dtype(dtypes.weights))
+    return nnx.Param(value, out_sharding=axes, inputs=inputs)
+
+
+def quantize_module(module: Any, dtypes: DtypePolicy, num_devices: int = 1) -> None:
+    """Puts the formats that ``dtypes`` ask for in place of the declared matrices of ``module``.
+
+    Raises ``ValueError`` naming a matrix that cannot be in its format, or not divided over
+    ``num_devices``.
+    """
     if dtypes.quantization is None:
-        return nnx.Param(value, out_sharding=axes)
-    return FORMATS[dtypes.quantization](value, axes, inputs)
+        return
+    single = None if dtypes.matrix_formats else parse_format(dtypes.quantization)
+    several = dict(dtypes.matrix_formats)
+    for path, owner, name, declared in list(_declared(module)):
+        form = single or several.get((*path, name))
+        if form is None:
+            continue
+        metadata = declared.get_metadata()
+        try:
+            axes, inputs = metadata["out_sharding"], metadata["inputs"]
+            weight = _WEIGHTS[type(form)](declared.get_value(), axes, inputs, form)
+            if axes[inputs[0]] in RULES:
+                weight.check_division(num_devices)
+        except ValueError as error:
+            where = ".".join(map(str, (*path, name)))
+            raise ValueError(f"{where} in {dtypes.quantization}: {error}") from error
+        setattr(owner, name, weight)
 
 
-def quantizers(module: Any) -> dict[tuple[Any, ...], Quantizer]:
-    """Of every quantized matrix in ``module``, by its path: what makes its arrays."""
+def _declared(module: Any) -> Iterator[tuple[MatrixPath, Any, str, Any]]:
+    """Every declared matrix, with the module that has it, that module's path, and its name."""
+    for path, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Param) and "inputs" in value.get_metadata():
+                    yield _plain(path), node, name, value
+
+
+def quantized_weights(module: Any) -> dict[MatrixPath, QuantizedWeight]:
+    """Every quantized matrix in ``module``, by its path."""
     return {
-        tuple(path): node.quantize
+        _plain(path): node
         for path, node in nnx.iter_graph(module)
-        if isinstance(node, Int8Weight)
+        if isinstance(node, QuantizedWeight)
     }
+
+
+def _plain(path: tuple[Any, ...]) -> MatrixPath:
+    return path
+
+
+def multiplies_floats(dtypes: DtypePolicy) -> bool:
+    """Whether XLA:CPU's products of matrices are of floats, not of integers."""
+    if dtypes.quantization is None:
+        return True
+    forms = [form for _, form in dtypes.matrix_formats] or [parse_format(dtypes.quantization)]
+    return all(isinstance(form, GroupedFormat) or form.activation_group for form in forms)
 
 
 def matrix(weight: Weight) -> Matrix:
     """The arrays of a declared matrix, to multiply with."""
-    return weight.matrix if isinstance(weight, Int8Weight) else weight[...]
+    return weight.matrix if isinstance(weight, QuantizedWeight) else weight[...]
 
 
 def product(inputs: jax.Array, matrix: Matrix) -> jax.Array:
     """[T, I...] times a matrix [I..., O...]: [T, O...] float32."""
-    if isinstance(matrix, Int8Matrix):
+    if isinstance(matrix, QuantizedMatrix):
         return matrix.product(inputs)
     return jnp.tensordot(inputs, matrix, inputs.ndim - 1, preferred_element_type=jnp.float32)
 
@@ -75,7 +134,7 @@ def grouped_product(rows: jax.Array, matrices: Matrix, sizes: jax.Array) -> jax.
 
     What stands in rows behind the last group has no meaning.
     """
-    if isinstance(matrices, Int8Matrix):
+    if isinstance(matrices, QuantizedMatrix):
         return matrices.grouped_product(rows, sizes)
     return jax.lax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32)
 
@@ -85,6 +144,6 @@ def outputs(matrix: Matrix, indices: jax.Array, axis: int) -> jax.Array:
 
     ``axis`` is that of the outputs, the other one a product would sum over.
     """
-    if isinstance(matrix, Int8Matrix):
+    if isinstance(matrix, QuantizedMatrix):
         return matrix.outputs(indices)
     return matrix[indices] if axis == 0 else matrix[:, indices].T

@@ -5,6 +5,7 @@ w = round(w / s) * s with s = max |w| / 127 over the inputs of an output: symmet
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxinfer.weights.formats import Int8Format
+from jaxinfer.weights.integers import Integers
 from pallas_kernels.quantized_matmul import int8_matmul
+
+Array = np.ndarray | jax.Array
 
 
 class Int8Weight(nnx.Module):
-    """``values`` int8 [O..., I...] and ``scales`` float32 [O...] in place of a matrix.
+    """``values`` int8 [O..., I] and ``scales`` float32 [O...] in place of a matrix.
 
-    ``inputs`` are the axes of the matrix that a product sums over; they come last here, in order,
-    so that an output's numbers lie together. ``activation_bits``: see ``int8_matmul``.
+    ``inputs`` are the axes of the matrix that a product sums over, next to each other; they come
+    last here, as one that is called what the first of them is, so that an output's numbers lie
+    together and fill the tiles of a device's memory.
     """
 
     def __init__(
@@ -29,48 +35,90 @@ class Int8Weight(nnx.Module):
         matrix: jax.Array,
         axes: tuple[str | None, ...],
         inputs: tuple[int, ...],
-        activation_bits: int,
+        form: Int8Format,
     ) -> None:
-        self.inputs, self.activation_bits = inputs, activation_bits
+        self.inputs, self.form, self.shape = inputs, form, tuple(matrix.shape)
+        self.num_inputs = math.prod(matrix.shape[axis] for axis in inputs)
+        self.check_division(1)
         arrays: Any = self.quantize(matrix)
         outputs = tuple(axis for i, axis in enumerate(axes) if i not in inputs)
-        whole = outputs + tuple(axes[i] for i in inputs)
-        self.values = nnx.Param(arrays["values"], out_sharding=whole)
+        self.values = nnx.Param(arrays["values"], out_sharding=(*outputs, axes[inputs[0]]))
         self.scales = nnx.Param(arrays["scales"], out_sharding=outputs)
 
-    def quantize(self, matrix: np.ndarray | jax.Array) -> Mapping[str, np.ndarray | jax.Array]:
+    def check_division(self, num_devices: int) -> None:
+        """Raises ``ValueError`` where inputs divided over devices are not whole groups there."""
+        group = self.form.activation_group
+        if group is not None and self.num_inputs % (group * num_devices):
+            over = f" over {num_devices} devices" if num_devices > 1 else ""
+            raise ValueError(f"{self.num_inputs} inputs{over} are no groups of {group}")
+
+    def quantize(self, matrix: Array) -> Mapping[str, Any]:
         """``values`` and ``scales`` of a matrix, numpy's for numpy's."""
         numpy: Any = np if isinstance(matrix, np.ndarray) else jnp
-        num_axes, num_inputs = matrix.ndim, len(self.inputs)
-        outputs = [axis for axis in range(num_axes) if axis not in self.inputs]
-        ordered = matrix.transpose(*outputs, *self.inputs).astype(numpy.float32)
-        over = tuple(range(num_axes - num_inputs, num_axes))
-        scales = numpy.max(numpy.abs(ordered), axis=over, keepdims=True) / np.float32(127)
-        values = numpy.round(ordered / numpy.where(scales == 0, 1, scales)).astype(numpy.int8)
-        return {"values": values, "scales": scales.reshape(scales.shape[: num_axes - num_inputs])}
+        ordered = self._outputs_first(matrix).astype(numpy.float32)
+        scales = numpy.max(numpy.abs(ordered), axis=-1) / np.float32(127)
+        steps = numpy.where(scales == 0, 1, scales)[..., None]
+        return {"values": numpy.round(ordered / steps).astype(numpy.int8), "scales": scales}
+
+    def dequantize(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """The matrix that ``values`` and ``scales`` stand for, in float32 and its own axes."""
+        outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
+        order = (*outputs, *self.inputs)
+        numbers = arrays["values"] * arrays["scales"][..., None]
+        return numbers.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order))
+
+    def keep(self, parts: Integers) -> Mapping[str, np.ndarray]:
+        """The arrays of a matrix that has been integers already, of the same numbers.
+
+        ``parts`` have the matrix's axes, of which ``inputs`` are 1 in the scales.
+        """
+        values, scales = self._outputs_first(parts.values), self._outputs_first(parts.scales)
+        return {
+            "values": np.ascontiguousarray(values),
+            "scales": np.ascontiguousarray(scales[..., 0], np.float32),
+        }
 
     @property
     def matrix(self) -> "Int8Matrix":
         """The arrays, to multiply with."""
-        return Int8Matrix(self.values[...], self.scales[...], self.activation_bits)
+        form = self.form
+        return Int8Matrix(
+            self.values[...], self.scales[...], form.activation_bits, form.activation_group
+        )
+
+    def _outputs_first(self, array: Array) -> Any:
+        """[..., I..., O...] -> [..., O..., I]."""
+        outputs = [axis for axis in range(array.ndim) if axis not in self.inputs]
+        shape = [array.shape[axis] for axis in outputs]
+        return array.transpose(*outputs, *self.inputs).reshape(*shape, -1)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales"),
-    meta_fields=("activation_bits",),
+    meta_fields=("activation_bits", "activation_group"),
 )
 @dataclass(frozen=True)
 class Int8Matrix:
-    """``values`` int8 [O..., I...] and ``scales`` float32 [O...], the transpose of a matrix."""
+    """``values`` int8 [O..., I] and ``scales`` float32 [O...], the transpose of a matrix.
+
+    The others: see ``int8_matmul``.
+    """
 
     values: jax.Array
     scales: jax.Array
     activation_bits: int
+    activation_group: int | None = None
 
     def product(self, inputs: jax.Array) -> jax.Array:
         """[T, I...] -> [T, O...] float32."""
-        return int8_matmul(inputs, self.values, self.scales, activation_bits=self.activation_bits)
+        return int8_matmul(
+            inputs.reshape(inputs.shape[0], -1),
+            self.values,
+            self.scales,
+            activation_bits=self.activation_bits,
+            activation_group=self.activation_group,
+        )
 
     def grouped_product(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         """[N, I] -> [N, O] float32 with one of the matrices [X, O, I] for each group of rows."""

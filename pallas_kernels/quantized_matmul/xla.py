@@ -51,8 +51,19 @@ def grouped_matmul(
     a product is that of the dequantized checkpoint to the bit.
     """
     matrix = dequantized(values, scales, minimums, axis=0).astype(inputs.dtype)
+
+    def multiply(rows: jax.Array, flat: jax.Array) -> jax.Array:
+        return jnp.dot(rows, flat, preferred_element_type=jnp.float32)
+
+    def multiply_two(rows: jax.Array, flat: jax.Array) -> jax.Array:
+        # XLA:CPU makes the matrix anew within a product of one row, four times slower.
+        return multiply(jnp.concatenate([rows, rows]), flat)[:1]
+
     flat = matrix.reshape(matrix.shape[0], -1)
-    products = jnp.dot(inputs, flat, preferred_element_type=jnp.float32)
+    if inputs.shape[0] > 1:
+        products = multiply(inputs, flat)
+    else:
+        products = jax.lax.platform_dependent(inputs, flat, cpu=multiply_two, default=multiply)
     return products.reshape(-1, *matrix.shape[1:])
 
 
@@ -65,18 +76,14 @@ def _with_8_bits(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax
 def _with_8_bit_groups(
     inputs: jax.Array, values: jax.Array, scales: jax.Array, *, group: int
 ) -> jax.Array:
-    """[T, I], [O, I], [O] -> [T, O]: one product of integers for each group, then their sum."""
-    num_rows = inputs.shape[0]
+    """[T, I], [O, I], [O] -> [T, O]: integers of activations, as the floats they stand for.
+
+    Of the integers themselves it would be a product for each group, which takes XLA:CPU 60 times
+    as long for 512 rows (docs/log.md).
+    """
     group_scales, integers = _quantize_rows(inputs.reshape(-1, group), 127)
-    rows = integers.astype(jnp.int8).reshape(num_rows, -1, group)
-    if num_rows == 1:  # see _integer_product
-        rows = jnp.concatenate([rows, rows])
-    dimensions = (((2,), (2,)), ((1,), (1,)))
-    by_group = values.reshape(values.shape[0], -1, group)
-    sums = jax.lax.dot_general(rows, by_group, dimensions, preferred_element_type=jnp.int32)
-    sums = sums[:, :num_rows].astype(jnp.float32)  # [I/G, T, O]
-    weighted = sums * group_scales.reshape(num_rows, -1).T[:, :, None]
-    return jnp.sum(weighted, axis=0) * scales[None]
+    rows = (integers * group_scales[:, None]).reshape(inputs.shape)
+    return _product(rows, values.astype(jnp.float32), jnp.float32) * scales[None]
 
 
 def _with_two_planes(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:

@@ -193,9 +193,9 @@ def test_other_shapes(heads: int, kv_heads: int, head_dim: int, embed: int, ffn:
     check_arrangements(other)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic-64", "int4"])
 def test_quantized_matrices(quantization: str) -> None:
-    """Their products are sums of integers; those of the attention stay as they are."""
+    """Sums of integers, and floats that integers stand for; attention stays as it is."""
     check_arrangements(Probe(dtypes=dataclasses.replace(CPU_DTYPES, quantization=quantization)))
 
 

@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ from checkpoints.load import load_parameters
 from jaxinfer import models
 from jaxinfer.config import DtypePolicy
 from jaxinfer.engine import Engine
-from jaxinfer.models import quantizers
+from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from tests.conftest import ManyDevices
@@ -35,7 +34,18 @@ def parameters_of(case: str, quantization: str | None) -> dict[Any, Any]:
     checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
     _, state = models.abstract(checkpoint.model, dtypes)
     abstract = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
-    return load_parameters(checkpoint, abstract, quantizers=quantizers(checkpoint.model, dtypes))
+    return load_parameters(
+        checkpoint, abstract, quantized=quantized_weights(checkpoint.model, dtypes)
+    )
+
+
+def dequantize(tree: Any, path: tuple[Any, ...], made: Any) -> Any:
+    """``tree`` with the numbers that its quantized matrices stand for."""
+    if path in made:
+        return made[path].dequantize(tree)
+    if isinstance(tree, dict):
+        return {key: dequantize(value, (*path, key), made) for key, value in tree.items()}
+    return tree
 
 
 def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
@@ -44,32 +54,39 @@ def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
     mesh = make_mesh(jax.devices()[:num_devices])
     engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
     engine.compile()
-    made = quantizers(checkpoint.model, dtypes, mesh)
+    made = quantized_weights(checkpoint.model, dtypes, mesh)
     engine.start(
         load_parameters(
-            checkpoint, engine.abstract_parameters, num_devices=num_devices, quantizers=made
+            checkpoint, engine.abstract_parameters, num_devices=num_devices, quantized=made
         )
     )
     request = Request("a", tuple(draw_prompt(case)), 24, ignore_eos=True)
     return run_all(engine, [request])["a"]
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH)
-def test_logits_are_those_of_the_dequantized_matrices(case: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "quantization"),
+    [(case, "int8") for case in ONE_OF_EACH]
+    + [("qwen2", "int4"), ("qwen3_moe", "int4-symmetric"), ("gemma3", "int4-64")],
+)
+def test_logits_are_those_of_the_dequantized_matrices(case: str, quantization: str) -> None:
     """With 16-bit activations nothing but the matrices is rounded."""
-    model, quantized = RandomCheckpoint(case).model, parameters_of(case, "int8")
-    plain = parameters_of(case, None)
-    dequantized = jax.tree.map(dequantize, plain, quantized, is_leaf=is_array)
-    found = prompt_logits(model, quantized, draw_prompt(case), tiny_config(), dtypes=policy("int8"))
-    wanted = prompt_logits(model, dequantized, draw_prompt(case), tiny_config())
-    assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max()
-    exact = prompt_logits(model, plain, draw_prompt(case), tiny_config())
+    model, quantized = RandomCheckpoint(case).model, parameters_of(case, quantization)
+    plain, made = parameters_of(case, None), quantized_weights(model, policy(quantization))
+    dequantized = dequantize(quantized, (), made)
+    prompt, config = draw_prompt(case), tiny_config()
+    found = prompt_logits(model, quantized, prompt, config, dtypes=policy(quantization))
+    wanted = prompt_logits(model, dequantized, prompt, config)
+    # Of groups the floats are multiplied that the integers stand for.
+    rounding = 2e-3 if quantization == "int8" else 1e-6
+    assert np.abs(found - wanted).max() <= rounding * np.abs(wanted).max()
+    exact = prompt_logits(model, plain, prompt, config)
     assert np.abs(wanted - exact).max() > 1e-3 * np.abs(exact).max(), "nothing was quantized"
 
 
 @pytest.mark.parametrize(
     ("case", "quantization"),
-    [("qwen2", "int8-dynamic"), ("qwen3_moe", "int8")],
+    [("qwen2", "int8-dynamic"), ("qwen3_moe", "int8"), ("qwen3_moe", "int4")],
 )
 def test_eight_devices_give_the_tokens_of_one(
     many_devices: ManyDevices, case: str, quantization: str
@@ -91,27 +108,3 @@ def test_a_quarter_of_the_bytes() -> None:
     ]
     ratio = sum(leaf.nbytes for leaf in jax.tree.leaves(small)) / sum(m.nbytes for m in matrices)
     assert 0.25 < ratio < 0.32  # of matrices this small, scales are a part
-
-
-def is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array)
-
-
-def dequantize(plain: jax.Array, quantized: Any) -> jax.Array:
-    """In the plain parameter's order of axes: outputs first is what the quantized one has."""
-    if not isinstance(quantized, dict):
-        return quantized
-    values, scales = quantized["values"], quantized["scales"]
-    matrix = values * jnp.expand_dims(scales, tuple(range(scales.ndim, values.ndim)))
-    for axes in orders(plain.ndim):
-        if matrix.transpose(axes).shape == plain.shape:
-            candidate = matrix.transpose(axes)
-            if np.abs(candidate - plain).max() <= np.abs(scales).max():
-                return candidate
-    raise AssertionError(f"{values.shape} is no order of {plain.shape}")
-
-
-def orders(num_axes: int) -> list[tuple[int, ...]]:
-    """Where inputs may have been: the first axes, the last, or the one in the middle."""
-    turned = [tuple(range(n, num_axes)) + tuple(range(n)) for n in range(num_axes)]
-    return [*turned, (0, 2, 1)][: num_axes + (num_axes == 3)]

@@ -8,16 +8,16 @@ from flax import nnx
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy
-from jaxinfer.weights.int8 import Int8Matrix, Int8Weight
+from jaxinfer.weights.formats import Int8Format
+from jaxinfer.weights.int8 import Int8Matrix
+from tests.jaxinfer.weights.declared import PLAIN, holder, policy_of
 
-INT8 = DtypePolicy("float32", "float32", "float32", quantization="int8")
+INT8 = policy_of("int8")
 RANDOM = np.random.default_rng(0)
 
 
 def declare(shape: tuple[int, ...], inputs: tuple[int, ...], policy: DtypePolicy = INT8):
-    axes = tuple("abcd"[: len(shape)])
-    with nnx.use_eager_sharding(False):
-        return weights.declare(nnx.Rngs(0), shape, policy, axes, inputs)
+    return holder(shape, inputs, policy).matrix
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,9 @@ def test_numbers_are_off_by_half_a_step_at_most(
     assert np.abs(values.astype(int)).max() == 127
     outputs = [axis for axis in range(len(shape)) if axis not in inputs]
     ordered = matrix.transpose(*outputs, *inputs)
+    ordered = ordered.reshape(*scales.shape, -1)
     assert values.shape == ordered.shape
-    step = scales.reshape(*scales.shape, *[1] * len(inputs))
+    step = scales[..., None]
     assert (np.abs(values * step - ordered) <= step * 0.50001).all()
     # The largest number of every output is kept.
     over = tuple(range(scales.ndim, values.ndim))
@@ -60,7 +61,7 @@ def test_numpy_and_jax_make_the_same() -> None:
 
 def test_arrays_say_their_axes() -> None:
     weight = declare((2, 3, 8, 20), (0, 1, 2))
-    assert weight.values.get_metadata()["out_sharding"] == ("d", "a", "b", "c")
+    assert weight.values.get_metadata()["out_sharding"] == ("d", "a")
     assert weight.scales.get_metadata()["out_sharding"] == ("d",)
 
 
@@ -72,7 +73,8 @@ def test_products_are_those_of_the_dequantized_matrix() -> None:
         jnp.asarray(arrays["values"]),
         jnp.asarray(arrays["scales"]),
     )
-    dequantized = (arrays["values"] * arrays["scales"][:, :, None, None]).transpose(2, 3, 0, 1)
+    dequantized = arrays["values"] * arrays["scales"][:, :, None]
+    dequantized = dequantized.reshape(5, 4, 3, 16).transpose(2, 3, 0, 1)
     found = weights.product(jnp.asarray(x, jnp.float32), weights.matrix(weight))
     wanted = np.tensordot(x, dequantized, 2)
     np.testing.assert_allclose(found, wanted, atol=2e-3 * np.abs(wanted).max())
@@ -83,7 +85,7 @@ def test_lookups() -> None:
     indices = jnp.array([3, 0, 3])
     found = weights.outputs(weights.matrix(table), indices, axis=0)
     np.testing.assert_array_equal(found, (table.values[...] * table.scales[...][:, None])[indices])
-    plain = declare((8, 6), (0,), DtypePolicy("float32", "float32", "float32"))
+    plain = declare((8, 6), (0,), PLAIN)
     rows = weights.outputs(weights.matrix(plain), indices, axis=1)
     np.testing.assert_array_equal(rows, plain[...].T[indices])
     # Drawn alike, so the same but for half a step.
@@ -101,24 +103,21 @@ def test_groups_of_rows_have_matrices_of_their_own() -> None:
         np.testing.assert_allclose(found[row], dense[expert] @ x[row], rtol=1e-4, atol=1e-5)
 
 
-def test_a_module_names_its_quantizers() -> None:
+def test_a_module_names_its_matrices() -> None:
     class Two(nnx.Module):
         def __init__(self) -> None:
-            self.one = declare((8, 4), (0,))
-            self.parts = nnx.List([declare((4, 4), (0,)), nnx.Param(jnp.zeros(3))])
+            self.one = holder((8, 4), (0,), INT8)
+            self.parts = nnx.List([holder((4, 4), (0,), INT8), nnx.Param(jnp.zeros(3))])
 
-    found = weights.quantizers(Two())
-    assert set(found) == {("one",), ("parts", 0)}
-    assert found["one",](np.ones((8, 4), np.float32))["values"].shape == (4, 8)
+    found = weights.quantized_weights(Two())
+    assert set(found) == {("one", "matrix"), ("parts", 0, "matrix")}
+    made = found["one", "matrix"].quantize(np.ones((8, 4), np.float32))
+    assert made["values"].shape == (4, 8)
 
 
 def test_formats_differ_in_what_becomes_of_activations() -> None:
-    assert [declare((8, 4), (0,), policy).activation_bits for policy in policies()] == [16, 8]
-    assert all(isinstance(declare((8, 4), (0,), policy), Int8Weight) for policy in policies())
-
-
-def policies() -> list[DtypePolicy]:
-    """One for each format."""
-    return [
-        DtypePolicy("float32", "float32", "float32", quantization=name) for name in weights.FORMATS
-    ]
+    forms = {n: form for n, form in weights.FORMATS.items() if isinstance(form, Int8Format)}
+    activations = [(form.activation_bits, form.activation_group) for form in forms.values()]
+    assert activations == [(16, None), (8, None), (8, 64)]
+    for name, form in forms.items():
+        assert declare((64, 4), (0,), policy_of(name)).form == form

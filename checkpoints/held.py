@@ -1,0 +1,114 @@
+"""Matrices that a checkpoint holds as integers, kept as they are: which, and in what format.
+
+A parameter may be made of several tensors, each of a type of its own. Their integers are kept in
+the smallest format that has room for all of them: more bits, smaller groups, minimums of zero.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from checkpoints.parameters import ParameterPath, assemble, source_names
+from jaxinfer.config import ModelConfig
+from jaxinfer.models import parameter_shapes
+from jaxinfer.weights import Format, GroupedFormat, Int8Format, Integers, QuantizedWeight
+
+
+@runtime_checkable
+class HoldsIntegers(Protocol):
+    """A checkpoint some of whose tensors may be integers; canonical names, see tensor_names."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    def held_format(self, name: str) -> Format | None:
+        """What a tensor can be kept in, None where it is of floats."""
+        ...
+
+    def integers(self, name: str) -> Integers:
+        """A tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
+        ...
+
+
+def held_formats(checkpoint: HoldsIntegers) -> tuple[tuple[ParameterPath, Format], ...]:
+    """The format of every parameter that is made of integers alone, by its path."""
+    is_tied, found = checkpoint.model.tie_word_embeddings, {}
+    for path, shape in parameter_shapes(checkpoint.model).items():
+        if len(shape) > 1:
+            forms = [checkpoint.held_format(name) for name in source_names(path, shape, is_tied)]
+            form = _common(forms)
+            if isinstance(form, GroupedFormat) and path[-1] == "o_proj":
+                # Devices share whole heads.
+                form = replace(form, group=math.gcd(form.group, shape[2]))
+            if form is not None:
+                found[path] = form
+    return tuple(found.items())
+
+
+def held_integers(
+    checkpoint: HoldsIntegers, path: ParameterPath, shape: tuple[int, ...], weight: QuantizedWeight
+) -> Integers:
+    """The parameter at ``path``, of logical ``shape``, as ``weight`` keeps it, in its axes."""
+    is_tied, form = checkpoint.model.tie_word_embeddings, weight.form
+    tensors: dict[str, Integers] = {}
+    for name in source_names(path, shape, is_tied):
+        parts, held = checkpoint.integers(name), checkpoint.held_format(name)
+        if isinstance(form, GroupedFormat):
+            assert isinstance(held, GroupedFormat)
+            parts = _converted(parts, held, form)
+        tensors[name] = parts
+    groups = list(shape)
+    if isinstance(form, GroupedFormat):
+        groups[weight.inputs[-1]] //= form.group
+    else:
+        groups = [1 if axis in weight.inputs else size for axis, size in enumerate(shape)]
+
+    def assembled(array: str, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = np.dtype(getattr(next(iter(tensors.values())), array).dtype)
+        return assemble(path, shape, dtype, lambda name: getattr(tensors[name], array), is_tied)
+
+    return Integers(
+        assembled("values", shape),
+        assembled("scales", tuple(groups)),
+        assembled("minimums", tuple(groups)) if getattr(form, "minimums", None) else None,
+    )
+
+
+def _common(forms: Iterable[Format | None]) -> Format | None:
+    """A format that has room for all of ``forms``; None where there is none."""
+    several = set(forms)
+    if several == {Int8Format()}:
+        return Int8Format()
+    grouped = [form for form in several if isinstance(form, GroupedFormat)]
+    if len(grouped) != len(several):
+        return None
+    minimums = {form.minimums for form in grouped} - {None}
+    return GroupedFormat(
+        max(form.bits for form in grouped),
+        math.gcd(*(form.group for form in grouped)),
+        None if not minimums else max(minimums, key=_size),
+        max((form.scales for form in grouped), key=_size),
+    )
+
+
+def _size(dtype: str | None) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def _converted(parts: Integers, held: GroupedFormat, form: GroupedFormat) -> Integers:
+    """The same numbers in a format that has room for them."""
+    values, scales, minimums = parts.values, parts.scales, parts.minimums
+    if form.minimums is not None and minimums is None:
+        # Of 4 bits, -8..7 are 0..15 of a minimum of -8 steps, exactly: 8 is a power of two.
+        has_shift = form.bits == 4
+        values = values + np.int8(8) if has_shift else values
+        minimums = scales * scales.dtype.type(-8 if has_shift else 0)
+    times = held.group // form.group
+    return Integers(
+        values,
+        np.repeat(scales, times, axis=-1).astype(form.scales),
+        None if minimums is None else np.repeat(minimums, times, axis=-1).astype(form.minimums),
+    )

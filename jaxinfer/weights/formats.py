@@ -1,0 +1,53 @@
+"""Names of formats, and what each is of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GROUPS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Int8Format:
+    """8-bit integers with a float32 scale for each output.
+
+    ``activation_bits`` and ``activation_group``: see ``int8_matmul``.
+    """
+
+    activation_bits: int = 16
+    activation_group: int | None = None
+
+
+@dataclass(frozen=True)
+class GroupedFormat:
+    """Integers of ``bits`` with a scale for each ``group`` inputs of an output.
+
+    ``scales`` and ``minimums`` are dtypes; without ``minimums`` integers are symmetric.
+    """
+
+    bits: int
+    group: int
+    minimums: str | None = None
+    scales: str = "float16"
+
+
+Format = Int8Format | GroupedFormat
+
+# What --quantize takes; the table of the documentation says what each costs and brings.
+FORMATS: Mapping[str, Format] = {
+    "int8": Int8Format(),
+    "int8-dynamic": Int8Format(8),
+    "int8-dynamic-64": Int8Format(8, 64),
+    "int4": GroupedFormat(4, 32, "float16"),
+    "int4-64": GroupedFormat(4, 64, "float16"),
+    "int4-128": GroupedFormat(4, 128, "float16"),
+    "int4-symmetric": GroupedFormat(4, 32),
+    "int4-symmetric-64": GroupedFormat(4, 64),
+    "int4-symmetric-128": GroupedFormat(4, 128),
+}
+
+
+def parse_format(name: str) -> Format:
+    """The format called ``name``. Raises ``ValueError`` listing what there is."""
+    if name not in FORMATS:
+        raise ValueError(f"no format {name!r:.40} of matrices; there are {', '.join(FORMATS)}")
+    return FORMATS[name]

@@ -1,0 +1,184 @@
+"""Matrices of 8- or 4-bit integers with a scale, and perhaps a minimum, for each group of inputs.
+
+w = d q, or d q + m with a minimum, in groups of inputs of an output: the numbers of llama.cpp's
+Q8_0, Q4_0 and Q4_1 (``ggml-quants.c``, ``quantize_row_*_ref``), in groups of any size.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxinfer.weights.formats import GROUPS, GroupedFormat
+from jaxinfer.weights.integers import Integers
+from pallas_kernels.quantized_matmul import grouped_matmul
+from pallas_kernels.quantized_matmul.nibbles import pack_nibbles
+from pallas_kernels.quantized_matmul.reference import dequantized
+
+Array = np.ndarray | jax.Array
+
+
+class GroupedWeight(nnx.Module):
+    """``values``, ``scales`` and perhaps ``minimums`` in place of a matrix: see ``grouped_matmul``.
+
+    The axes are the matrix's, those summed over (``inputs``, next to each other) as one, which is
+    called what the first of them is. So are those behind them where all but the first have no name:
+    what is tiled in a device's memory are the last two. Groups are the largest of ``GROUPS`` that
+    divide the last of ``inputs`` (so that devices can share whole heads), but no larger than
+    ``form`` says; ``ValueError`` where none does.
+    """
+
+    def __init__(
+        self,
+        matrix: jax.Array,
+        axes: tuple[str | None, ...],
+        inputs: tuple[int, ...],
+        form: GroupedFormat,
+    ) -> None:
+        self.inputs, self.shape = inputs, tuple(matrix.shape)
+        self.num_inputs = math.prod(matrix.shape[axis] for axis in inputs)
+        last = matrix.shape[inputs[-1]]
+        fitting = [n for n in GROUPS if n <= form.group and last % n == 0]
+        if not fitting:
+            raise ValueError(f"{last} inputs are no multiple of {GROUPS[0]}")
+        self.form = replace(form, group=max(fitting))
+        self.axis, last = inputs[0], inputs[-1]
+        self.merged = tuple(matrix.shape[last + 2 :]) if not any(axes[last + 2 :]) else ()
+        behind = axes[last + 1 : last + 2] if self.merged else axes[last + 1 :]
+        named = (*axes[: self.axis + 1], *behind)
+        arrays = self.quantize(matrix)
+        self.values = nnx.Param(arrays["values"], out_sharding=named)
+        self.scales = nnx.Param(arrays["scales"], out_sharding=named)
+        if form.minimums is not None:
+            self.minimums = nnx.Param(arrays["minimums"], out_sharding=named)
+
+    def check_division(self, num_devices: int) -> None:
+        """Raises ``ValueError`` where inputs divided over devices are not whole groups there."""
+        if self.num_inputs % (self.form.group * num_devices):
+            over = f" over {num_devices} devices" if num_devices > 1 else ""
+            raise ValueError(f"{self.num_inputs} inputs{over} are no groups of {self.form.group}")
+
+    def quantize(self, matrix: Array) -> Mapping[str, Any]:
+        """The arrays of a matrix, numpy's for numpy's; to the nearest."""
+        numpy: Any = np if isinstance(matrix, np.ndarray) else jnp
+        groups = self._in_groups(matrix).astype(numpy.float32)
+        over, form = self.axis + 1, self.form
+        largest = numpy.float32(numpy.finfo(form.scales).max)
+
+        def rounded(scales: Any) -> Any:
+            return numpy.clip(scales, -largest, largest).astype(form.scales)
+
+        minimums: Any = None
+        if form.minimums is not None:
+            lowest = numpy.min(groups, axis=over, keepdims=True)
+            levels = 15 if form.bits == 4 else 127
+            scales = rounded((numpy.max(groups, axis=over, keepdims=True) - lowest) / levels)
+            minimums = rounded(lowest).astype(form.minimums)
+            shifted = groups - minimums.astype(numpy.float32)
+            low, high = 0, levels
+        elif form.bits == 4:
+            # The number of the largest magnitude, with its sign, is -8 of them: kept as it is.
+            low_end = numpy.min(groups, axis=over, keepdims=True)
+            high_end = numpy.max(groups, axis=over, keepdims=True)
+            extreme = numpy.where(-low_end >= high_end, low_end, high_end)
+            scales, shifted, (low, high) = rounded(extreme / -8), groups, (-8, 7)
+        else:
+            extreme = numpy.max(numpy.abs(groups), axis=over, keepdims=True)
+            scales, shifted, (low, high) = rounded(extreme / 127), groups, (-127, 127)
+        steps = scales.astype(numpy.float32)
+        integers = numpy.clip(numpy.round(shifted / numpy.where(steps == 0, 1, steps)), low, high)
+        return self._arrays(integers.astype(numpy.int8), scales, minimums)
+
+    def dequantize(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """The matrix that the arrays stand for, in float32 and its own axes."""
+        parts = arrays["values"], arrays["scales"], arrays.get("minimums")
+        return dequantized(*parts, axis=self.axis).reshape(self.shape)
+
+    def keep(self, parts: Integers) -> Mapping[str, np.ndarray]:
+        """The arrays of a matrix that has been integers already, of the same numbers.
+
+        ``parts`` have the matrix's axes, those of scales and minimums with the last of the inputs
+        a ``group``-th as long.
+        """
+        minimums = parts.minimums
+        if self.form.minimums is not None and minimums is None:
+            minimums = np.zeros_like(parts.scales)
+        return self._arrays(
+            self._in_groups(parts.values),
+            parts.scales.astype(self.form.scales),
+            None if minimums is None else minimums.astype(self.form.minimums or "float16"),
+        )
+
+    @property
+    def matrix(self) -> "GroupedMatrix":
+        """The arrays, to multiply with."""
+        minimums = self.minimums[...] if self.form.minimums is not None else None
+        values = self.values[...]
+        num_behind = values.ndim - 1 - self.axis
+        return GroupedMatrix(values, self.scales[...], minimums, num_behind, self.merged)
+
+    def _in_groups(self, array: Array) -> Any:
+        """[..., I..., O...] -> [..., I/G, G, O...]."""
+        before, after = array.shape[: self.axis], array.shape[self.inputs[-1] + 1 :]
+        return array.reshape(*before, -1, self.form.group, *after)
+
+    def _arrays(self, groups: Any, scales: Any, minimums: Any) -> dict[str, Any]:
+        axis, form = self.axis, self.form
+        before, after = groups.shape[:axis], groups.shape[axis + 2 :]
+        if self.merged:
+            after = (math.prod(after),)
+        values = groups.reshape(*before, -1, *after)
+        if form.bits == 4:
+            values = pack_nibbles(values + (8 if form.minimums is None else 0), form.group, axis)
+        shape = (*before, groups.shape[axis], *after)
+        arrays = {"values": values, "scales": scales.reshape(shape)}
+        return arrays if minimums is None else arrays | {"minimums": minimums.reshape(shape)}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scales", "minimums"),
+    meta_fields=("num_behind", "merged"),
+)
+@dataclass(frozen=True)
+class GroupedMatrix:
+    """The arrays of ``grouped_matmul``; the axis of inputs has ``num_behind`` others behind it.
+
+    ``merged``: sizes of outputs that are one axis with the one before them.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    minimums: jax.Array | None
+    num_behind: int
+    merged: tuple[int, ...] = ()
+
+    def product(self, inputs: jax.Array) -> jax.Array:
+        """[T, I...] -> [T, O...] float32."""
+        rows = inputs.reshape(inputs.shape[0], -1)
+        products = grouped_matmul(rows, self.values, self.scales, self.minimums)
+        return products.reshape(rows.shape[0], -1, *self.merged) if self.merged else products
+
+    def grouped_product(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """[N, I] -> [N, O] float32 with one of the matrices [X, I, O] for each group of rows."""
+        matrices = dequantized(self.values, self.scales, self.minimums, axis=1)
+        return jax.lax.ragged_dot(
+            rows, matrices.astype(rows.dtype), sizes, preferred_element_type=jnp.float32
+        )
+
+    def outputs(self, indices: jax.Array) -> jax.Array:
+        """[N] -> [N, I] float32: what the outputs of a matrix of two axes are made of."""
+        axis = self.values.ndim - 1 - self.num_behind
+        arrays = (self.values, self.scales, self.minimums)
+        parts = [None if a is None else jnp.take(a, indices, axis=1 - axis) for a in arrays]
+        values, scales, minimums = parts
+        assert values is not None
+        assert scales is not None
+        numbers = dequantized(values, scales, minimums, axis=axis)
+        return numbers.T if axis == 0 else numbers
