@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from checkpoints.load import TensorCheckpoint, make_all
+from checkpoints.maker import Maker
 from checkpoints.orbax import write_checkpoint
-from checkpoints.parameters import ParameterPath, assemble
+from checkpoints.parameters import ParameterPath
+from checkpoints.quantization import PLAIN, Quantization
 from checkpoints.shard_name import with_later_shards
-from jaxinfer.models import parameter_shapes
+from jaxinfer.config import KEPT
+from jaxinfer.models import parameter_shapes, quantized_weights
 
 # What is looked at of a folder.
 _SOURCES = ("*.json", "*.jinja", "*.safetensors")
@@ -28,25 +31,27 @@ def convert(
     dtype: np.dtype,
     provenance: dict[str, Any],
     progress: Progress | None = None,
+    quantization: Quantization = PLAIN,
 ) -> None:
     """Writes ``checkpoint`` as a converted folder with parameters in ``dtype``.
 
-    The host holds all parameters meanwhile. ``progress(done, total)`` counts them. Raises
-    ``ValueError`` for values that are not finite, in ``dtype`` too, and where ``folder`` exists.
+    Matrices are in the formats of ``quantization``. The host holds all parameters meanwhile.
+    ``progress(done, total)`` counts them. Raises ``ValueError`` for values that are not finite, in
+    ``dtype`` too, and where ``folder`` exists.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    shapes = parameter_shapes(model)
+    quantized = quantized_weights(model, quantization.policy)
+    maker = Maker(checkpoint, quantized, keeps=quantization.name == KEPT)
 
-    def make(path: ParameterPath) -> np.ndarray:
-        is_tied = model.tie_word_embeddings
-        array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
-        if not np.isfinite(array).all():
+    def make(path: ParameterPath) -> Any:
+        made = maker.make(path, dtype)
+        if isinstance(made, np.ndarray) and not np.isfinite(made).all():
             raise ValueError(f"parameter {path} has values that are not finite in {dtype.name}")
-        return array
+        return made
 
-    parameters = make_all(make, shapes, progress)
+    parameters = make_all(make, parameter_shapes(model), progress)
     sampling = checkpoint.default_sampling
-    write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance)
+    write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance, quantization)
 
 
 def provenance(source: str, path: Path, dtype: np.dtype, progress: Progress | None = None):

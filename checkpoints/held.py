@@ -12,9 +12,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from checkpoints.parameters import ParameterPath, assemble, source_names
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import KEPT, MatrixFormats, ModelConfig
 from jaxinfer.models import parameter_shapes
-from jaxinfer.weights import Format, GroupedFormat, Int8Format, Integers, QuantizedWeight
+from jaxinfer.weights import FORMATS, Format, GroupedFormat, Int8Format, Integers, QuantizedWeight
+
+# What --quantize takes.
+QUANTIZATIONS = ("none", KEPT, *FORMATS)
 
 
 @runtime_checkable
@@ -33,7 +36,18 @@ class HoldsIntegers(Protocol):
         ...
 
 
-def held_formats(checkpoint: HoldsIntegers) -> tuple[tuple[ParameterPath, Format], ...]:
+def kept_formats(name: str, checkpoint: object) -> MatrixFormats:
+    """The formats of KEPT for ``checkpoint``, called ``name``; ``ValueError`` where it has none."""
+    found = held_formats(checkpoint) if isinstance(checkpoint, HoldsIntegers) else ()
+    if not found:
+        raise ValueError(
+            f"{name} holds no matrices of integers: --quantize {KEPT} is for GGUF files and "
+            f"folders that do; there are {', '.join(FORMATS)}"
+        )
+    return found
+
+
+def held_formats(checkpoint: HoldsIntegers) -> MatrixFormats:
     """The format of every parameter that is made of integers alone, by its path."""
     is_tied, found = checkpoint.model.tie_word_embeddings, {}
     for path, shape in parameter_shapes(checkpoint.model).items():

@@ -16,30 +16,21 @@ import numpy as np
 
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.gguf_file import MAGIC
-from checkpoints.held import HoldsIntegers, held_integers
 from checkpoints.hugging_face import CONFIG, HuggingFaceCheckpoint
+from checkpoints.maker import Maker, Weights
 from checkpoints.orbax import DESCRIPTION, OrbaxCheckpoint
-from checkpoints.parameters import ParameterPath, assemble
+from checkpoints.parameters import ParameterPath
 from checkpoints.shard_name import without_later_shards
 from jaxinfer.config import AnyTokenizer, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.request import SamplingParams
-from jaxinfer.sharding import physical_model, physical_parameter, physical_shape, place
-from jaxinfer.weights import GroupedFormat, Integers, QuantizedWeight
+from jaxinfer.sharding import physical_model, physical_shape, place
+from jaxinfer.weights import QuantizedWeight
 
 # Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
 NUM_THREADS = min(8, os.cpu_count() or 1)
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-class Weights(Protocol):
-    """A model and its tensors: float32, ``[out, in]``, by the names of tensor_names."""
-
-    @property
-    def model(self) -> ModelConfig: ...
-
-    def tensor(self, name: str) -> np.ndarray: ...
 
 
 class Described(Protocol):
@@ -110,7 +101,8 @@ def load_parameters(
     ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``, the
     parameters of the model's own module; checkpoints/parameters.py says what each is made of.
     A matrix in ``quantized`` is a dict there, of the arrays that its declaration makes: rounded
-    here, or with ``keeps`` the integers that the checkpoint has (see held.py).
+    here, or with ``keeps`` the integers that the checkpoint has (see held.py). A converted folder
+    that has them gives no others.
 
     ``num_devices`` is what ``abstract`` was made for: its shapes are those of ``physical_model``,
     and heads are repeated and ends padded with zeros accordingly.
@@ -122,52 +114,18 @@ def load_parameters(
     model = checkpoint.model
     _check_paths(wanted, model, num_devices, quantized)
     if isinstance(checkpoint, OrbaxCheckpoint):
-        if quantized:
-            raise ValueError(
-                f"{checkpoint.folder}: a converted folder cannot be quantized yet: give --quantize "
-                "with what it was converted from"
-            )
-        return _like(abstract, (), checkpoint.restore(wanted, num_devices, progress))
-    shapes = parameter_shapes(model)
-
-    physical = physical_model(model, num_devices)
-
-    def whole(path: ParameterPath, array: np.ndarray) -> np.ndarray:
-        return physical_parameter(str(path[-1]), array, model, physical)
-
-    def kept(path: ParameterPath, weight: QuantizedWeight) -> Integers:
-        assert isinstance(checkpoint, HoldsIntegers)
-        parts = held_integers(checkpoint, path, shapes[path], weight)
-        if model == physical:
-            return parts
-        values = whole(path, parts.values)
-        if isinstance(weight.form, GroupedFormat):
-            minimums = None if parts.minimums is None else whole(path, parts.minimums)
-            return Integers(values, whole(path, parts.scales), minimums)
-        # An output's scale is that of all its inputs, of which the first is never padding.
-        scales = whole(path, np.broadcast_to(parts.scales, parts.values.shape))
-        first = tuple(slice(1) if i in weight.inputs else slice(None) for i in range(scales.ndim))
-        return Integers(values, scales[first])
+        restored = checkpoint.restore(wanted, num_devices, progress, quantized)
+        return _like(abstract, (), restored)
+    maker = Maker(checkpoint, quantized, keeps, num_devices)
 
     def make(path: ParameterPath) -> Any:
-        weight = quantized.get(path)
-        if weight is not None and keeps:
-            made = weight.keep(kept(path, weight))
-        else:
-            dtype = np.dtype(np.float32 if weight else wanted[path].dtype)
-            is_tied = model.tie_word_embeddings
-            array = assemble(path, shapes[path], dtype, checkpoint.tensor, is_tied)
-            _check_finite(array, path, checkpoint)
-            array = whole(path, array)
-            if weight is None:
-                return place(array, wanted[path])
-            made = weight.quantize(array)
-        for array in made.values():
-            if array.dtype.kind == "f":
-                _check_finite(array, path, checkpoint)
-        return {name: place(np.asarray(made[name]), wanted[path][name]) for name in made}
+        if path not in quantized:
+            return place(np.asarray(maker.make(path, wanted[path].dtype)), wanted[path])
+        arrays = maker.make(path, np.dtype(np.float32))
+        assert isinstance(arrays, Mapping)
+        return {name: place(np.asarray(arrays[name]), wanted[path][name]) for name in arrays}
 
-    return _like(abstract, (), make_all(make, shapes, progress))
+    return _like(abstract, (), make_all(make, parameter_shapes(model), progress))
 
 
 def make_all(
@@ -234,12 +192,3 @@ def _check_paths(
             raise ValueError(
                 f"parameter {path} has dtype {wanted[path].dtype}; supported are {names}"
             )
-
-
-def _check_finite(array: np.ndarray, path: ParameterPath, checkpoint: Weights) -> None:
-    if not np.isfinite(array).all():
-        file = getattr(checkpoint, "path", None)  # not all weights come from one
-        raise ValueError(
-            f"{file}: " * (file is not None)
-            + f"parameter {path} has values that are not finite: a damaged checkpoint?"
-        )

@@ -9,8 +9,10 @@ it, whatever mesh that is in.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,7 +21,14 @@ import numpy as np
 
 from checkpoints.dataclass_json import from_json, to_json
 from checkpoints.json_file import read_json
+from checkpoints.maker import physical_integers
 from checkpoints.parameters import ParameterPath
+from checkpoints.quantization import (
+    PLAIN,
+    Quantization,
+    quantization_from_json,
+    quantization_to_json,
+)
 from jaxinfer.config import (
     AnyTokenizer,
     ModelConfig,
@@ -27,9 +36,10 @@ from jaxinfer.config import (
     TokenizerJson,
     TokenizerSpec,
 )
-from jaxinfer.models import parameter_shapes
+from jaxinfer.models import parameter_shapes, quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, place
+from jaxinfer.weights import QuantizedWeight
 
 DESCRIPTION, VOCABULARY, PARAMETERS = "jaxinfer.json", "vocabulary.json", "parameters"
 FORMAT = 1
@@ -63,7 +73,7 @@ class OrbaxCheckpoint:
                 f"{path}: format must be {FORMAT}, got {fields.get('format')!r:.40}: written by "
                 "another version?"
             )
-        try:
+        with _named(path):
             self.model = from_json(ModelConfig, fields.get("model"), "model")
             self.default_sampling = from_json(
                 SamplingParams, fields.get("default_sampling"), "default_sampling"
@@ -73,9 +83,10 @@ class OrbaxCheckpoint:
                     f"model.num_hidden_layers must be at most {MAX_LAYERS}, got "
                     f"{self.model.num_hidden_layers}"
                 )
+            self.quantization = PLAIN
+            if "quantization" in fields:
+                self.quantization = quantization_from_json(fields["quantization"])
             self._shapes = parameter_shapes(self.model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
         self.provenance: dict[str, Any] = fields.get("provenance", {})
         self._check_parameters()
 
@@ -96,29 +107,30 @@ class OrbaxCheckpoint:
 
     def restore(
         self,
-        wanted: Mapping[ParameterPath, jax.ShapeDtypeStruct],
+        wanted: Mapping[ParameterPath, Any],
         num_devices: int,
         progress: Callable[[int, int], None] | None = None,
-    ) -> dict[ParameterPath, jax.Array]:
+        quantized: Mapping[ParameterPath, QuantizedWeight] = MappingProxyType({}),
+    ) -> dict[ParameterPath, Any]:
         """The parameters on their devices, a layer at a time.
 
-        What ``num_devices`` hold in another shape than the logical one (heads repeated, ends
-        padded) goes through the host, all else does not. Raises ``ValueError`` naming a parameter
-        that is damaged or not finite.
+        ``quantized`` matrices are wanted as several arrays by name: those of the folder, or, where
+        it has floats, what they are rounded to. These, and what ``num_devices`` hold in another
+        shape than the logical one (heads repeated, ends padded), go through the host, all else
+        does not. Raises ``ValueError`` naming a parameter that is damaged or not finite.
         """
         physical = physical_model(self.model, num_devices)
         groups: dict[tuple[str | int, ...], list[ParameterPath]] = {}
         for path in wanted:
             groups.setdefault(path[:2] if path[0] == "layers" else path[:1], []).append(path)
-        loaded: dict[ParameterPath, jax.Array] = {}
+        loaded: dict[ParameterPath, Any] = {}
         with _checkpointer() as checkpointer:
             for paths in groups.values():
-                arrays = self._read(checkpointer, {path: wanted[path] for path in paths})
-                for path, array in arrays.items():
-                    if isinstance(array, np.ndarray):
-                        array = physical_parameter(str(path[-1]), array, self.model, physical)
-                    loaded[path] = place(array, wanted[path])
-                    if not _is_finite(loaded[path]):
+                read = self._read(checkpointer, {path: wanted[path] for path in paths})
+                for path in paths:
+                    made = self._physical(path, read[path], physical, quantized.get(path))
+                    loaded[path] = jax.tree.map(place, made, wanted[path])
+                    if not all(map(_is_finite, jax.tree.leaves(loaded[path]))):
                         raise ValueError(
                             f"{self.folder}: parameter {path} has values that are not finite: a "
                             "damaged checkpoint?"
@@ -127,20 +139,50 @@ class OrbaxCheckpoint:
                         progress(len(loaded), len(wanted))
         return loaded
 
+    def _physical(
+        self,
+        path: ParameterPath,
+        read: Any,
+        physical: ModelConfig,
+        weight: QuantizedWeight | None,
+    ) -> Any:
+        """What was read of a parameter as it is wanted: that already, if it is on a device."""
+        if isinstance(jax.tree.leaves(read)[0], jax.Array):
+            return read
+        if weight is not None and path in self._quantized:
+            parts = self._quantized[path].integers(read)
+            return weight.keep(physical_integers(path, parts, weight, self.model, physical))
+        array = physical_parameter(str(path[-1]), read, self.model, physical)
+        return array if weight is None else weight.quantize(array)
+
     def _read(
-        self, checkpointer: Any, wanted: Mapping[ParameterPath, jax.ShapeDtypeStruct]
+        self, checkpointer: Any, wanted: Mapping[ParameterPath, Any]
     ) -> dict[ParameterPath, Any]:
         import orbax.checkpoint as ocp
 
         def how(path: ParameterPath) -> Any:
-            if tuple(wanted[path].shape) != self._shapes[path]:
-                return ocp.RestoreArgs(restore_type=np.ndarray, dtype=wanted[path].dtype)
-            return ocp.ArrayRestoreArgs(
-                dtype=wanted[path].dtype, sharding=wanted[path].sharding, strict=True
+            """Straight to devices where nothing is to be done with it, else to the host."""
+            stored = self._stored(path)
+            if jax.tree.structure(stored) != jax.tree.structure(wanted[path]):
+                return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(np.float32))
+            same = all(
+                one.shape == other.shape
+                for one, other in zip(
+                    jax.tree.leaves(stored), jax.tree.leaves(wanted[path]), strict=True
+                )
+            )
+            return jax.tree.map(
+                lambda leaf: (
+                    ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, strict=True)
+                    if same
+                    else ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+                ),
+                wanted[path],
             )
 
+        zeros = {path: jax.tree.map(lambda _: 0, self._stored(path)) for path in wanted}
         arguments = ocp.args.PyTreeRestore(
-            item=_nested(dict.fromkeys(wanted, 0)),
+            item=_nested(zeros),
             restore_args=_nested({path: how(path) for path in wanted}),
             partial_restore=True,
         )
@@ -152,6 +194,16 @@ class OrbaxCheckpoint:
                 f"{self.folder / PARAMETERS}: cannot be read: {_one_line(error)}"
             ) from error
         return {path: _at(tree, path) for path in wanted}
+
+    def _stored(self, path: ParameterPath) -> Any:
+        """Shapes of what the folder has of a parameter: one array, or several by name.
+
+        Dtypes too where they are integers.
+        """
+        if path not in self._quantized:
+            return jax.ShapeDtypeStruct(self._shapes[path], np.float32)
+        weight = self._quantized[path]
+        return dict(jax.eval_shape(weight.quantize, jax.ShapeDtypeStruct(weight.shape, np.float32)))
 
     def _check_parameters(self) -> None:
         """Every parameter of the model is there in its shape; nothing is read or allocated."""
@@ -168,15 +220,31 @@ class OrbaxCheckpoint:
         except Exception as error:  # as above
             raise ValueError(f"{folder}: no Orbax checkpoint: {_one_line(error)}") from error
         found = {tuple(map(str, path)): leaf for path, leaf in _leaves(tree, ())}
-        expected = {tuple(map(str, path)): shape for path, shape in self._shapes.items()}
+        if self.model.num_hidden_layers > len(found):  # before a module is built for each
+            raise ValueError(
+                f"{folder}: {len(found)} arrays are too few for {self.model.num_hidden_layers} "
+                "layers"
+            )
+        with _named(self.folder / DESCRIPTION):
+            self._quantized = quantized_weights(self.model, self.quantization.policy)
+        expected: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
+        for path in self._shapes:
+            for name, array in _leaves(self._stored(path), path):
+                expected[tuple(map(str, name))] = array
         for name in expected.keys() ^ found.keys():
             which = "is missing" if name in expected else "is not of this model"
             raise ValueError(f"{folder}: parameter {'.'.join(name)} {which}")
-        for name, shape in expected.items():
-            if tuple(found[name].shape) != shape:
+        for name, array in expected.items():
+            if tuple(found[name].shape) != array.shape:
                 raise ValueError(
                     f"{folder}: parameter {'.'.join(name)} has shape {tuple(found[name].shape)}, "
-                    f"the model needs {shape}"
+                    f"the model needs {array.shape}"
+                )
+            kind = np.dtype(found[name].dtype).kind
+            if (kind in "iu") != (array.dtype.kind in "iu"):
+                raise ValueError(
+                    f"{folder}: parameter {'.'.join(name)} is {found[name].dtype}, the model "
+                    f"needs {array.dtype}"
                 )
 
 
@@ -185,13 +253,15 @@ def write_checkpoint(
     model: ModelConfig,
     tokenizer: AnyTokenizer,
     default_sampling: SamplingParams,
-    parameters: Mapping[ParameterPath, np.ndarray],
+    parameters: Mapping[ParameterPath, np.ndarray | Mapping[str, np.ndarray]],
     provenance: Mapping[str, Any],
+    quantization: Quantization = PLAIN,
 ) -> None:
     """Writes ``folder``, which must not exist: whole, or not at all.
 
-    ``parameters`` in their logical shapes. Raises ``ValueError`` when the folder exists or cannot
-    be made, and ``OSError`` when it cannot be written.
+    ``parameters`` in their logical shapes, quantized matrices as their arrays by name. Raises
+    ``ValueError`` when the folder exists or cannot be made, and ``OSError`` when it cannot be
+    written.
     """
     import orbax.checkpoint as ocp
 
@@ -207,6 +277,7 @@ def write_checkpoint(
             "format": FORMAT,
             "model": to_json(model),
             "default_sampling": to_json(default_sampling),
+            "quantization": quantization_to_json(quantization),
             "provenance": dict(provenance),
         }
         (kind,) = (kind for kind, of in _TOKENIZERS.items() if type(tokenizer) is of)
@@ -281,7 +352,16 @@ def _at(tree: Mapping[str, Any], path: ParameterPath) -> Any:
     return tree
 
 
-def _leaves(tree: Any, path: tuple[str, ...]):
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the file's name before whatever is wrong with what it says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _leaves(tree: Any, path: tuple[str | int, ...]):
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _leaves(value, (*path, key))

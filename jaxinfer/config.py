@@ -233,9 +233,7 @@ class DtypePolicy:
         return self.quantization or self.weights
 
     @staticmethod
-    def for_platform(
-        platform: str, dtype: str | None = None, quantization: str | None = None
-    ) -> "DtypePolicy":
+    def for_platform(platform: str, dtype: str | None = None) -> "DtypePolicy":
         """The stated policy: float32 on CPU (bit-exact rows), bfloat16 on TPU and GPU.
 
         ``dtype`` overrides weights, activations and KV cache together.
@@ -244,7 +242,7 @@ class DtypePolicy:
             dtype = "float32" if platform == "cpu" else "bfloat16"
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-        return DtypePolicy(dtype, dtype, dtype, quantization=quantization)
+        return DtypePolicy(dtype, dtype, dtype)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from checkpoints.catalog import CATALOG, hub_model, resolve, user_cache_folder
 from checkpoints.configs import configured_models, model_config
-from checkpoints.held import HoldsIntegers, held_formats
+from checkpoints.held import QUANTIZATIONS, kept_formats
 from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
+from checkpoints.orbax import OrbaxCheckpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import KEPT, DtypePolicy, EngineConfig, MatrixFormats, ModelConfig
+from jaxinfer.config import KEPT, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
@@ -32,7 +33,6 @@ from jaxinfer.sharding import (
     place,
 )
 from jaxinfer.step import Parameters
-from jaxinfer.weights import FORMATS
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 from scripts.engine_sizes import DEFAULT_MAX_MODEL_LEN, engine_config
 from scripts.peak_memory import PeakMemory
@@ -114,13 +114,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantize",
-        choices=["none", KEPT, *FORMATS],
-        default="none",
+        choices=QUANTIZATIONS,
         help="hold matrices as integers: those the checkpoint has, or rounded to 8 or 4 bits "
         "while it is read. int8: a scale for each output; int8-dynamic rounds activations to 8 "
         "bits too, each row by its own scale, int8-dynamic-64 each 64 numbers of a row; int4: a "
         "scale and a minimum for each 32 inputs (or 64, 128) of an output, -symmetric without the "
-        "minimum (default: %(default)s)",
+        "minimum (default: none, or what a converted model was converted to)",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -271,22 +270,29 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         num_tensor = default_tensor_parallel(model, len(devices), options.data_parallel)
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
-    quantization = None if options.quantize == "none" else options.quantize
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype, quantization)
-    if quantization == KEPT:
-        dtypes = dataclasses.replace(dtypes, matrix_formats=_held_formats(options, checkpoint))
+    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
+    dtypes = with_quantization(dtypes, options, checkpoint)
     config = engine_config(options, model, dtypes, mesh)
     return Plan(checkpoint, model, config, dtypes, devices, mesh)
 
 
-def _held_formats(options: argparse.Namespace, checkpoint: Checkpoint | None) -> MatrixFormats:
-    found = held_formats(checkpoint) if isinstance(checkpoint, HoldsIntegers) else ()
-    if not found:
-        raise ValueError(
-            f"{options.model} holds no matrices of integers: --quantize {KEPT} is for GGUF files "
-            f"and folders that do; there are {', '.join(FORMATS)}"
-        )
-    return found
+def with_quantization(
+    dtypes: DtypePolicy, options: argparse.Namespace, checkpoint: Checkpoint | None
+) -> DtypePolicy:
+    """``dtypes`` with what ``--quantize`` asks for, or what a converted folder has been made of."""
+    asked = options.quantize
+    if isinstance(checkpoint, OrbaxCheckpoint) and checkpoint.quantization.name is not None:
+        made = checkpoint.quantization
+        if asked not in (None, KEPT, made.name):
+            raise ValueError(
+                f"{options.model} was converted to {made.name}: leave --quantize out, or convert "
+                f"what it was made of again"
+            )
+        name, formats = made.name, made.formats
+    else:
+        name = None if asked == "none" else asked
+        formats = kept_formats(options.model, checkpoint) if name == KEPT else ()
+    return dataclasses.replace(dtypes, quantization=name, matrix_formats=formats)
 
 
 def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:

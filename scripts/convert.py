@@ -26,8 +26,11 @@ import numpy as np
 
 from checkpoints.catalog import resolve
 from checkpoints.convert import convert, provenance
-from checkpoints.load import open_checkpoint
+from checkpoints.held import QUANTIZATIONS, kept_formats
+from checkpoints.load import TensorCheckpoint, open_checkpoint
 from checkpoints.orbax import OrbaxCheckpoint
+from checkpoints.quantization import PLAIN, Quantization
+from jaxinfer.config import KEPT
 from scripts.phases import Phases
 
 
@@ -50,14 +53,21 @@ def convert_model() -> None:
         checkpoint = open_checkpoint(path)
     if isinstance(checkpoint, OrbaxCheckpoint):
         raise ValueError(f"{path} has been converted already")
-    dtype = np.dtype(options.dtype)
+    dtype, quantization = np.dtype(options.dtype), _quantization(options, checkpoint)
     with phases.phase("hash", unit="B") as progress:
         origin = provenance(options.model, path, dtype, progress)
     with phases.phase("convert", unit="tensors") as progress:
-        convert(checkpoint, folder, dtype, origin, progress)
+        convert(checkpoint, folder, dtype, origin, progress, quantization)
     phases.print_table()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: {size / 2**20:.0f} MiB in {dtype.name}; use it with --model {folder}")
+    kind = quantization.name or dtype.name
+    print(f"{folder}: {size / 2**20:.0f} MiB in {kind}; use it with --model {folder}")
+
+
+def _quantization(options: argparse.Namespace, checkpoint: TensorCheckpoint) -> Quantization:
+    if options.quantize == KEPT:
+        return Quantization(KEPT, kept_formats(options.model, checkpoint))
+    return PLAIN if options.quantize == "none" else Quantization(options.quantize)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,6 +85,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the parameters; float32 loses nothing of any format (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="what matrices are rounded to, or checkpoint for the integers that it holds, as for "
+        "serve.py (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser.parse_args()

@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_engine_options(parser)
     options = parser.parse_args()
-    if options.formats and options.quantize != "none":
+    if options.formats and options.quantize not in (None, "none"):
         parser.error("--formats compares with plain weights: leave --quantize out")
     if options.max_tokens is not None and options.max_tokens < 2:
         parser.error(f"--max-tokens must be at least 2, got {options.max_tokens}")

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 GROUPS = (8, 16, 32, 64, 128)
 
 
+def _check(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r:.40}")
+
+
 @dataclass(frozen=True)
 class Int8Format:
     """8-bit integers with a float32 scale for each output.
@@ -15,6 +20,11 @@ class Int8Format:
 
     activation_bits: int = 16
     activation_group: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for what there is not."""
+        _check("activation_bits", self.activation_bits, (8, 16))
+        _check("activation_group", self.activation_group, (None, *GROUPS))
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,13 @@ class GroupedFormat:
     group: int
     minimums: str | None = None
     scales: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for what there is not."""
+        _check("bits", self.bits, (4, 8))
+        _check("group", self.group, GROUPS)
+        _check("minimums", self.minimums, (None, "float16", "float32"))
+        _check("scales", self.scales, ("float16", "float32"))
 
 
 Format = Int8Format | GroupedFormat

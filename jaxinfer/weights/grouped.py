@@ -18,7 +18,7 @@ from flax import nnx
 from jaxinfer.weights.formats import GROUPS, GroupedFormat
 from jaxinfer.weights.integers import Integers
 from pallas_kernels.quantized_matmul import grouped_matmul
-from pallas_kernels.quantized_matmul.nibbles import pack_nibbles
+from pallas_kernels.quantized_matmul.nibbles import pack_nibbles, unpack_nibbles
 from pallas_kernels.quantized_matmul.reference import dequantized
 
 Array = np.ndarray | jax.Array
@@ -114,6 +114,17 @@ class GroupedWeight(nnx.Module):
             parts.scales.astype(self.form.scales),
             None if minimums is None else minimums.astype(self.form.minimums or "float16"),
         )
+
+    def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
+        """What ``keep`` made ``arrays`` of."""
+        form, last = self.form, self.inputs[-1]
+        values = arrays["values"]
+        if form.bits == 4:
+            values = unpack_nibbles(values, form.group, self.axis).astype(np.int8)
+            values -= np.int8(8 if form.minimums is None else 0)
+        groups = [n // form.group if axis == last else n for axis, n in enumerate(self.shape)]
+        minimums = arrays["minimums"].reshape(groups) if form.minimums is not None else None
+        return Integers(values.reshape(self.shape), arrays["scales"].reshape(groups), minimums)
 
     @property
     def matrix(self) -> "GroupedMatrix":

@@ -78,6 +78,15 @@ class Int8Weight(nnx.Module):
             "scales": np.ascontiguousarray(scales[..., 0], np.float32),
         }
 
+    def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
+        """What ``keep`` made ``arrays`` of."""
+        outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
+        order = (*outputs, *self.inputs)
+        back = np.argsort(order)
+        values = arrays["values"].reshape([self.shape[axis] for axis in order])
+        ones = [1 if axis in self.inputs else self.shape[axis] for axis in order]
+        return Integers(values.transpose(back), arrays["scales"].reshape(ones).transpose(back))
+
     @property
     def matrix(self) -> "Int8Matrix":
         """The arrays, to multiply with."""

@@ -14,12 +14,17 @@ import pytest
 
 from checkpoints import orbax
 from checkpoints.convert import convert, provenance
+from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.held import kept_formats
 from checkpoints.load import load_parameters, open_checkpoint
 from checkpoints.orbax import OrbaxCheckpoint
+from checkpoints.quantization import Quantization
 from jaxinfer import models, sharding
-from jaxinfer.config import AnyTokenizer, DtypePolicy, TokenizerSpec
+from jaxinfer.config import KEPT, AnyTokenizer, DtypePolicy, TokenizerSpec
+from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import make_mesh
+from tests.checkpoints.tiny_gguf import Q4_1, llama_bytes
 from tests.conftest import ManyDevices
 from tests.jaxinfer.models.random_checkpoint import CASES, RandomCheckpoint
 from tests.jaxinfer.models.test_families import ONE_OF_EACH
@@ -65,6 +70,100 @@ def test_every_family_on_one_device_and_on_eight(
         assert expected.keys() == found.keys()
         for path in expected:
             np.testing.assert_array_equal(found[path], expected[path], err_msg=path, strict=True)
+
+
+def quantized_over(
+    num_devices: int, case: str, folder: Path | None, name: str
+) -> dict[str, np.ndarray]:
+    """Parameters in a format, from what was drawn or from ``folder``, over so many devices."""
+    source = open_checkpoint(folder) if folder else Source(case)
+    mesh = make_mesh(jax.devices()[:num_devices])
+    dtypes = DtypePolicy("float32", "float32", "float32", quantization=name)
+    _, state = models.abstract(source.model, dtypes, mesh)
+    abstract = sharding.abstract_parameters(state, mesh)
+    made = quantized_weights(source.model, dtypes, mesh)
+    loaded = load_parameters(source, abstract, num_devices=num_devices, quantized=made)
+    for array, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(abstract), strict=True):
+        assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype)
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(loaded)}
+
+
+@pytest.mark.parametrize(("case", "name"), [("qwen3_moe", "int4"), ("mixtral", "int8")])
+def test_quantized_matrices_come_back_bit_by_bit(
+    tmp_path: Path, many_devices: ManyDevices, case: str, name: str
+) -> None:
+    """And are the same if they are quantized after, from a folder of floats."""
+    folder, floats = tmp_path / "converted", tmp_path / "floats"
+    convert(Source(case), folder, np.dtype(np.float32), {}, None, Quantization(name))
+    convert(Source(case), floats, np.dtype(np.float32), {})
+    wanted = quantized_over(1, case, None, name)
+    assert any(array.dtype in (np.int8, np.uint8) for array in wanted.values())
+    for found in (quantized_over(1, case, folder, name), quantized_over(1, case, floats, name)):
+        assert found.keys() == wanted.keys()
+        for path, array in wanted.items():
+            assert found[path].dtype == array.dtype
+            np.testing.assert_array_equal(found[path], array, err_msg=path)
+    on_eight = many_devices(quantized_over, 8, case, None, name)
+    for source in (folder, floats):
+        for path, array in many_devices(quantized_over, 8, case, source, name).items():
+            np.testing.assert_array_equal(array, on_eight[path], err_msg=path)
+    size, plain = (sum(f.stat().st_size for f in x.rglob("*")) for x in (folder, floats))
+    assert size < plain / 2
+
+
+def test_the_integers_of_a_file_are_converted(tmp_path: Path) -> None:
+    path, folder = tmp_path / "model.gguf", tmp_path / "converted"
+    path.write_bytes(llama_bytes(Q4_1))
+    source = GGUFCheckpoint(path)
+    quantization = Quantization(KEPT, kept_formats("it", source))
+    convert(source, folder, np.dtype(np.float32), {}, None, quantization)
+    checkpoint = OrbaxCheckpoint(folder)
+    assert checkpoint.quantization == quantization
+    dtypes = quantization.policy
+    _, state = models.abstract(source.model, dtypes)
+    abstract = sharding.abstract_parameters(state, make_mesh(jax.devices()[:1]))
+    made = quantized_weights(source.model, dtypes)
+    wanted = load_parameters(source, abstract, quantized=made, keeps=True)
+    found = load_parameters(checkpoint, abstract, quantized=made)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (3, "quantization must be an object, got 3"),
+        ({"name": "int3", "formats": []}, "no format 'int3' of matrices"),
+        ({"name": "int4", "formats": [1]}, "formats must be a list, of one or more"),
+        ({"name": "checkpoint", "formats": [{"path": 1}]}, "an entry needs a path"),
+        (
+            {"name": "checkpoint", "formats": [{"path": ["lm_head"], "format": {"kind": "Int9"}}]},
+            "kind must be one of Int8Format, GroupedFormat",
+        ),
+        (
+            {
+                "name": "checkpoint",
+                "formats": [
+                    {
+                        "path": ["lm_head"],
+                        "format": {"kind": "GroupedFormat", "bits": 3, "group": 32},
+                    }
+                ],
+            },
+            "bits must be one of 4, 8, got 3",
+        ),
+        ({"name": "int8", "formats": []}, r"parameter .* (is missing|is not of this model)"),
+    ],
+)
+def test_a_description_of_other_formats_is_refused(
+    tmp_path: Path, value: object, match: str
+) -> None:
+    folder = tmp_path / "converted"
+    write(folder)
+    path = folder / orbax.DESCRIPTION
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"quantization": value}))
+    with pytest.raises(ValueError, match=match):
+        OrbaxCheckpoint(folder)
 
 
 def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
