@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoints.dataclass_json import from_json, to_json
 from jaxinfer.config import KEPT, DtypePolicy, MatrixFormats
-from jaxinfer.weights import Format, GroupedFormat, Int8Format, parse_format
+from jaxinfer.weights import Float8Format, Format, GroupedFormat, Int8Format, parse_format
 
 MAX_PATH = 8
 
@@ -57,7 +57,9 @@ def _read_entry(entry: object) -> tuple[tuple[str | int, ...], Format]:
     if not isinstance(entry, Mapping) or not is_path or len(path or ()) > MAX_PATH:
         raise ValueError(f"quantization.formats: an entry needs a path, got {entry!r:.80}")
     form = entry.get("format")
-    kinds: dict[str, type[Format]] = {of.__name__: of for of in (Int8Format, GroupedFormat)}
+    kinds: dict[str, type[Format]] = {
+        of.__name__: of for of in (Int8Format, GroupedFormat, Float8Format)
+    }
     fields = dict(form) if isinstance(form, Mapping) else {}
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:

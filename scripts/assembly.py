@@ -33,6 +33,7 @@ from jaxinfer.sharding import (
     place,
 )
 from jaxinfer.step import Parameters
+from jaxinfer.weights import check_device
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 from scripts.engine_sizes import DEFAULT_MAX_MODEL_LEN, engine_config
 from scripts.peak_memory import PeakMemory
@@ -119,7 +120,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "while it is read. int8: a scale for each output; int8-dynamic rounds activations to 8 "
         "bits too, each row by its own scale, int8-dynamic-64 each 64 numbers of a row; int4: a "
         "scale and a minimum for each 32 inputs (or 64, 128) of an output, -symmetric without the "
-        "minimum (default: none, or what a converted model was converted to)",
+        "minimum; fp8: 8-bit floats, for devices that multiply them (default: none, or what a "
+        "converted model was converted to)",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -271,13 +273,13 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
     dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
-    dtypes = with_quantization(dtypes, options, checkpoint)
+    dtypes = with_quantization(dtypes, options, checkpoint, devices[0])
     config = engine_config(options, model, dtypes, mesh)
     return Plan(checkpoint, model, config, dtypes, devices, mesh)
 
 
 def with_quantization(
-    dtypes: DtypePolicy, options: argparse.Namespace, checkpoint: Checkpoint | None
+    dtypes: DtypePolicy, options: argparse.Namespace, checkpoint: Checkpoint | None, device: Any
 ) -> DtypePolicy:
     """``dtypes`` with what ``--quantize`` asks for, or what a converted folder has been made of."""
     asked = options.quantize
@@ -291,6 +293,8 @@ def with_quantization(
         name, formats = made.name, made.formats
     else:
         name = None if asked == "none" else asked
+        if name is not None:
+            check_device(name, device)
         formats = kept_formats(options.model, checkpoint) if name == KEPT else ()
     return dataclasses.replace(dtypes, quantization=name, matrix_formats=formats)
 

@@ -15,23 +15,27 @@ from flax import nnx
 
 from jaxinfer.config import DtypePolicy
 from jaxinfer.sharding import RULES
+from jaxinfer.weights.float8 import Float8Matrix, Float8Weight
 from jaxinfer.weights.formats import (
     FORMATS,
+    Float8Format,
     Format,
     GroupedFormat,
     Int8Format,
+    check_device,
     parse_format,
 )
 from jaxinfer.weights.grouped import GroupedMatrix, GroupedWeight
 from jaxinfer.weights.int8 import Int8Matrix, Int8Weight
 from jaxinfer.weights.integers import Integers
 
-__all__ = ["FORMATS", "Format", "GroupedFormat", "Int8Format", "Integers", "parse_format"]
-__all__ += ["MatrixPath", "QuantizedWeight", "Weight", "declare", "grouped_product", "matrix"]
-__all__ += ["multiplies_floats", "outputs", "product", "quantize_module", "quantized_weights"]
+__all__ = ["FORMATS", "Format", "GroupedFormat", "Int8Format", "Integers", "MatrixPath"]
+__all__ += ["QuantizedWeight", "Weight", "check_device", "declare", "grouped_product", "matrix"]
+__all__ += ["multiplies_floats", "outputs", "parse_format", "product", "quantize_module"]
+__all__ += ["Float8Format", "quantized_weights"]
 
-QuantizedWeight = Int8Weight | GroupedWeight
-QuantizedMatrix = Int8Matrix | GroupedMatrix
+QuantizedWeight = Int8Weight | GroupedWeight | Float8Weight
+QuantizedMatrix = Int8Matrix | GroupedMatrix | Float8Matrix
 Weight = nnx.Param[jax.Array] | QuantizedWeight
 Matrix = jax.Array | QuantizedMatrix
 MatrixPath = tuple[str | int, ...]
@@ -39,6 +43,7 @@ MatrixPath = tuple[str | int, ...]
 _WEIGHTS: Mapping[type, Callable[..., QuantizedWeight]] = {
     Int8Format: Int8Weight,
     GroupedFormat: GroupedWeight,
+    Float8Format: Float8Weight,
 }
 
 
@@ -113,7 +118,7 @@ def multiplies_floats(dtypes: DtypePolicy) -> bool:
     if dtypes.quantization is None:
         return True
     forms = [form for _, form in dtypes.matrix_formats] or [parse_format(dtypes.quantization)]
-    return all(isinstance(form, GroupedFormat) or form.activation_group for form in forms)
+    return not any(isinstance(f, Int8Format) and f.activation_group is None for f in forms)
 
 
 def matrix(weight: Weight) -> Matrix:

@@ -1,7 +1,9 @@
 """Names of formats, and what each is of."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GROUPS = (8, 16, 32, 64, 128)
 
@@ -47,13 +49,22 @@ class GroupedFormat:
         _check("scales", self.scales, ("float16", "float32"))
 
 
-Format = Int8Format | GroupedFormat
+@dataclass(frozen=True)
+class Float8Format:
+    """8-bit floats (e4m3) with a float32 scale for each output, times activations in 8-bit floats.
+
+    For devices that multiply them: see ``check_device``.
+    """
+
+
+Format = Int8Format | GroupedFormat | Float8Format
 
 # What --quantize takes; the table of the documentation says what each costs and brings.
 FORMATS: Mapping[str, Format] = {
     "int8": Int8Format(),
     "int8-dynamic": Int8Format(8),
     "int8-dynamic-64": Int8Format(8, 64),
+    "fp8": Float8Format(),
     "int4": GroupedFormat(4, 32, "float16"),
     "int4-64": GroupedFormat(4, 64, "float16"),
     "int4-128": GroupedFormat(4, 128, "float16"),
@@ -68,3 +79,18 @@ def parse_format(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"no format {name!r:.40} of matrices; there are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def check_device(name: str, device: Any) -> None:
+    """Raises ``ValueError`` where ``device`` cannot multiply what the format ``name`` holds."""
+    if not isinstance(FORMATS.get(name), Float8Format):
+        return
+    if device.platform == "gpu":
+        has_float8 = float(device.compute_capability) >= 8.9
+    else:
+        has_float8 = device.platform == "tpu" and re.search(r"TPU ?v?7", device.device_kind)
+    if not has_float8:
+        raise ValueError(
+            f"{name} needs products of 8-bit floats: NVIDIA GPUs of compute capability 8.9 or "
+            f"more, TPU v7; this is {device.device_kind or device.platform}: give int8"
+        )

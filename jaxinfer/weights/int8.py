@@ -5,7 +5,6 @@ w = round(w / s) * s with s = max |w| / 127 over the inputs of an output: symmet
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,37 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from jaxinfer.weights.by_output import Array, OutputScaledWeight
 from jaxinfer.weights.formats import Int8Format
-from jaxinfer.weights.integers import Integers
 from pallas_kernels.quantized_matmul import int8_matmul
 
-Array = np.ndarray | jax.Array
 
+class Int8Weight(OutputScaledWeight):
+    """``values`` int8 [O..., I] and ``scales`` float32 [O...] in place of a matrix."""
 
-class Int8Weight(nnx.Module):
-    """``values`` int8 [O..., I] and ``scales`` float32 [O...] in place of a matrix.
-
-    ``inputs`` are the axes of the matrix that a product sums over, next to each other; they come
-    last here, as one that is called what the first of them is, so that an output's numbers lie
-    together and fill the tiles of a device's memory.
-    """
-
-    def __init__(
-        self,
-        matrix: jax.Array,
-        axes: tuple[str | None, ...],
-        inputs: tuple[int, ...],
-        form: Int8Format,
-    ) -> None:
-        self.inputs, self.form, self.shape = inputs, form, tuple(matrix.shape)
-        self.num_inputs = math.prod(matrix.shape[axis] for axis in inputs)
-        self.check_division(1)
-        arrays: Any = self.quantize(matrix)
-        outputs = tuple(axis for i, axis in enumerate(axes) if i not in inputs)
-        self.values = nnx.Param(arrays["values"], out_sharding=(*outputs, axes[inputs[0]]))
-        self.scales = nnx.Param(arrays["scales"], out_sharding=outputs)
+    form: Int8Format
 
     def check_division(self, num_devices: int) -> None:
         """Raises ``ValueError`` where inputs divided over devices are not whole groups there."""
@@ -55,37 +33,10 @@ class Int8Weight(nnx.Module):
     def quantize(self, matrix: Array) -> Mapping[str, Any]:
         """``values`` and ``scales`` of a matrix, numpy's for numpy's."""
         numpy: Any = np if isinstance(matrix, np.ndarray) else jnp
-        ordered = self._outputs_first(matrix).astype(numpy.float32)
+        ordered = self.outputs_first(matrix).astype(numpy.float32)
         scales = numpy.max(numpy.abs(ordered), axis=-1) / np.float32(127)
         steps = numpy.where(scales == 0, 1, scales)[..., None]
         return {"values": numpy.round(ordered / steps).astype(numpy.int8), "scales": scales}
-
-    def dequantize(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """The matrix that ``values`` and ``scales`` stand for, in float32 and its own axes."""
-        outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
-        order = (*outputs, *self.inputs)
-        numbers = arrays["values"] * arrays["scales"][..., None]
-        return numbers.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order))
-
-    def keep(self, parts: Integers) -> Mapping[str, np.ndarray]:
-        """The arrays of a matrix that has been integers already, of the same numbers.
-
-        ``parts`` have the matrix's axes, of which ``inputs`` are 1 in the scales.
-        """
-        values, scales = self._outputs_first(parts.values), self._outputs_first(parts.scales)
-        return {
-            "values": np.ascontiguousarray(values),
-            "scales": np.ascontiguousarray(scales[..., 0], np.float32),
-        }
-
-    def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
-        """What ``keep`` made ``arrays`` of."""
-        outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
-        order = (*outputs, *self.inputs)
-        back = np.argsort(order)
-        values = arrays["values"].reshape([self.shape[axis] for axis in order])
-        ones = [1 if axis in self.inputs else self.shape[axis] for axis in order]
-        return Integers(values.transpose(back), arrays["scales"].reshape(ones).transpose(back))
 
     @property
     def matrix(self) -> "Int8Matrix":
@@ -94,12 +45,6 @@ class Int8Weight(nnx.Module):
         return Int8Matrix(
             self.values[...], self.scales[...], form.activation_bits, form.activation_group
         )
-
-    def _outputs_first(self, array: Array) -> Any:
-        """[..., I..., O...] -> [..., O..., I]."""
-        outputs = [axis for axis in range(array.ndim) if axis not in self.inputs]
-        shape = [array.shape[axis] for axis in outputs]
-        return array.transpose(*outputs, *self.inputs).reshape(*shape, -1)
 
 
 @functools.partial(

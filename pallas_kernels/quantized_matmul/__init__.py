@@ -1,10 +1,10 @@
-"""Products of activations with matrices of 8-bit and 4-bit integers.
+"""Products of activations with matrices of 8-bit and 4-bit integers, or of 8-bit floats.
 
 Axis letters: T rows, I inputs (one axis or several), O outputs (one axis or several), G inputs of
 a group. Two forms of matrices, by what their scales belong to:
 
-- an output each, ``int8_matmul``: a product can be taken of the integers alone. [O..., I...], so
-  that the integers of an output lie together.
+- an output each, ``int8_matmul`` and ``float8_matmul``: a product can be taken of the small numbers
+  alone. [O..., I...], so that those of an output lie together.
 - a group of inputs of an output each, ``grouped_matmul``: integers are scaled before they are
   summed. [I, O...], so that a group's scales lie beside each other as its outputs do.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.quantized_matmul import reference, xla
 
-__all__ = ["IMPLEMENTATIONS", "grouped_matmul", "int8_matmul"]
+__all__ = ["IMPLEMENTATIONS", "float8_matmul", "grouped_matmul", "int8_matmul"]
 
 # The first that does not decline is taken; `reference` is the definition, never the fast path.
 IMPLEMENTATIONS: Mapping[str, Any] = {"xla": xla, "reference": reference}
@@ -64,6 +64,23 @@ def int8_matmul(
         activation_bits=activation_bits,
         activation_group=activation_group,
     )
+
+
+def float8_matmul(
+    inputs: jax.Array, values: jax.Array, scales: jax.Array, *, backend: str | None = None
+) -> jax.Array:
+    """[T, I] times the transpose of ``values * scales``: [T, O...] float32.
+
+    ``values`` float8_e4m3fn [O..., I], ``scales`` float32 [O...]. Each row of ``inputs`` is rounded
+    to float8_e4m3fn too, with a scale of its own, max |row| / 448 (Micikevicius et al. 2022); sums
+    are float32. Raises ``ValueError`` for shapes that do not fit together.
+    """
+    if inputs.ndim != 2 or values.shape[-1] != inputs.shape[1]:
+        raise ValueError(f"rows {inputs.shape[1:]} do not fit a matrix {values.shape}")
+    if scales.shape != values.shape[:-1]:
+        raise ValueError(f"scales {scales.shape} do not fit a matrix {values.shape}")
+    implementations = {"xla": xla.float8_matmul, "reference": reference.float8_matmul}
+    return dispatch("float8_matmul", implementations, backend, inputs, values, scales)
 
 
 def grouped_matmul(

@@ -26,6 +26,23 @@ def int8_matmul(
     return jnp.tensordot(x, weights, axes, precision=jax.lax.Precision.HIGHEST)
 
 
+def float8_matmul(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """See ``pallas_kernels.quantized_matmul``."""
+    rows, row_scales = float8_rows(inputs)
+    weights = values.astype(jnp.float32) * scales[..., None]
+    x = rows.astype(jnp.float32) * row_scales
+    axes = (1,), (values.ndim - 1,)
+    return jnp.tensordot(x, weights, axes, precision=jax.lax.Precision.HIGHEST)
+
+
+def float8_rows(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float8_e4m3fn [T, I] and float32 [T, 1]: rows, and what one stands for in each."""
+    x = inputs.astype(jnp.float32)
+    largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+    scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) / largest
+    return (x / jnp.where(scale == 0, 1, scale)).astype(jnp.float8_e4m3fn), scale
+
+
 def grouped_matmul(
     inputs: jax.Array, values: jax.Array, scales: jax.Array, minimums: jax.Array | None
 ) -> jax.Array:

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.reference import dequantized
+from pallas_kernels.quantized_matmul.reference import dequantized, float8_rows
 
 # Two planes hold integers in [-127 * 128, 127 * 128]: high * 128 + low, low in [-64, 63].
 _PLANE = 128
@@ -65,6 +65,14 @@ def grouped_matmul(
     else:
         products = jax.lax.platform_dependent(inputs, flat, cpu=multiply_two, default=multiply)
     return products.reshape(-1, *matrix.shape[1:])
+
+
+def float8_matmul(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """See ``pallas_kernels.quantized_matmul``."""
+    rows, row_scales = float8_rows(inputs)
+    flat = values.reshape(-1, values.shape[-1])
+    products = _product(rows, flat, jnp.float32).reshape(-1, *scales.shape)
+    return _scaled(products, row_scales, scales)
 
 
 def _with_8_bits(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
