@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from checkpoints.catalog import CATALOG, hub_model, resolve, user_cache_folder
 from checkpoints.configs import configured_models, model_config
+from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.held import QUANTIZATIONS, kept_formats
 from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
@@ -208,7 +209,7 @@ def load_model(
     engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
     shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
     memory = PeakMemory()
-    with phases.phase("load", "tensors", memory.describe) as progress:
+    with phases.phase("load", "tensors", lambda: describe_load(memory, checkpoint)) as progress:
         parameters = load_parameters(
             checkpoint,
             engine.abstract_parameters,
@@ -234,6 +235,19 @@ def load_model(
         devices=plan.devices,
         parameters=parameters,
     )
+
+
+def describe_load(memory: PeakMemory, checkpoint: Checkpoint) -> str:
+    """Memory, and what was rounded of integers that could not be kept with their scales."""
+    said = memory.describe()
+    if isinstance(checkpoint, GGUFCheckpoint):
+        rounded = {name: error for name, error in checkpoint.rounding.items() if error}
+        if rounded:
+            said += (
+                f"; scales of {', '.join(sorted(rounded))} rounded to float16, by "
+                f"{max(rounded.values()):.1e} of themselves at most"
+            )
+    return said
 
 
 def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
