@@ -207,6 +207,9 @@ AnyTokenizer = TokenizerSpec | SentencePieceSpec | TokenizerJson
 # Paths of parameters, and the format of each (jaxinfer/weights).
 MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 
+# What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
+KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
+
 # As the checkpoint holds them: a name of what is no format but many.
 KEPT = "checkpoint"
 
@@ -233,16 +236,21 @@ class DtypePolicy:
         return self.quantization or self.weights
 
     @staticmethod
-    def for_platform(platform: str, dtype: str | None = None) -> "DtypePolicy":
+    def for_platform(
+        platform: str, dtype: str | None = None, kv_dtype: str | None = None
+    ) -> "DtypePolicy":
         """The stated policy: float32 on CPU (bit-exact rows), bfloat16 on TPU and GPU.
 
-        ``dtype`` overrides weights, activations and KV cache together.
+        ``dtype`` overrides weights, activations and KV cache together, ``kv_dtype`` (one of
+        KV_DTYPES) the KV cache alone.
         """
         if dtype is None:
             dtype = "float32" if platform == "cpu" else "bfloat16"
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-        return DtypePolicy(dtype, dtype, dtype)
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+        return DtypePolicy(dtype, dtype, kv_dtype or dtype)
 
 
 @dataclass(frozen=True)

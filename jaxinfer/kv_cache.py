@@ -12,6 +12,9 @@ from pallas_kernels.ragged_paged_attention import KVPages
 # EngineConfig refuses more.
 MAX_PAGES = 1 << 24
 
+# Names for people -> how pages hold it; the others are dtypes themselves.
+_STORED = {"fp8": "uint8"}
+
 # Logical axes of all arrays of a layer's pages: every device has all pages of its heads.
 KV_PAGES_AXES = (None, "kv_heads")
 
@@ -37,6 +40,7 @@ def abstract_kv_pages(
 ) -> tuple[KVPages, ...]:
     """Shapes and shardings of every layer's pages, split over kv heads.
 
+    ``dtype`` is that of ``DtypePolicy.kv_cache``: int8 and fp8 (e4m3) pages have scales.
     ``attention``: name of a backend, instead of the first that takes these sizes on ``mesh``.
     """
     physical = physical_model(model, num_tensor_devices(mesh))
@@ -47,7 +51,7 @@ def abstract_kv_pages(
         page_size,
         physical.num_key_value_heads,
         model.head_dim,
-        jnp.dtype(dtype),
+        jnp.dtype(_STORED.get(dtype, dtype)),
         device_kind=device.device_kind,
         backend=attention,
     )

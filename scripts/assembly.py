@@ -21,7 +21,7 @@ from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.orbax import OrbaxCheckpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import KEPT, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import KEPT, KV_DTYPES, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
@@ -113,6 +113,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="weights, activations and KV cache (default: float32 on CPU, else bfloat16)",
+    )
+    group.add_argument(
+        "--kv-dtype",
+        choices=("auto", *KV_DTYPES),
+        default="auto",
+        help="what keys and values are held in: int8 and fp8 take a byte a number and a scale for "
+        "each token and head (default: %(default)s, as --dtype says)",
     )
     group.add_argument(
         "--quantize",
@@ -286,7 +293,8 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         num_tensor = default_tensor_parallel(model, len(devices), options.data_parallel)
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype)
+    kv_dtype = None if options.kv_dtype == "auto" else options.kv_dtype
+    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype, kv_dtype)
     dtypes = with_quantization(dtypes, options, checkpoint, devices[0])
     config = engine_config(options, model, dtypes, mesh)
     return Plan(checkpoint, model, config, dtypes, devices, mesh)

@@ -8,8 +8,8 @@ the output in its upper half. Wider heads have a key matrix and a value matrix e
 and value of a head adjacent, so that an even split of J is a split of kv heads), lanes padded to a
 multiple of 128.
 
-Pages of one byte a value have a float32 scale for every token's key and value in every head.
-Float8 (e4m3) values are kept as uint8.
+Pages of one byte a value have a float32 scale for every token's key and value in every head, see
+quantized_rows.
 """
 
 from dataclasses import dataclass, field
@@ -17,10 +17,14 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.quantized_rows import (
+    dequantize_rows,
+    is_quantized,
+    quantize_rows,
+)
+
 NUM_LANES = 128
 SIDE_BY_SIDE = NUM_LANES // 2  # the widest head whose key and value share a row
-# Storage type of quantized values -> the largest one.
-LARGEST = {"int8": 127.0, "uint8": float(jnp.finfo(jnp.float8_e4m3fn).max)}
 
 
 @jax.tree_util.register_dataclass
@@ -69,31 +73,11 @@ def scales_shape(num_pages: int, page_size: int, num_kv_heads: int) -> tuple[int
     return num_pages, 2 * num_kv_heads, page_size
 
 
-def quantize_rows(rows: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """[..., D] -> values of ``dtype`` and float32 scales [...], the largest of a row as LARGEST."""
-    largest = LARGEST[jnp.dtype(dtype).name]
-    wide = rows.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=-1) / largest
-    scaled = wide / jnp.where(scales == 0, 1, scales)[..., None]
-    scaled = jnp.clip(scaled, -largest, largest)
-    if jnp.dtype(dtype) == jnp.int8:
-        return jnp.round(scaled).astype(jnp.int8), scales
-    small = scaled.astype(jnp.float8_e4m3fn)
-    return jax.lax.bitcast_convert_type(small, jnp.uint8), scales
-
-
-def dequantize_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
-    """The inverse of ``quantize_rows``, float32."""
-    if rows.dtype == jnp.uint8:
-        rows = jax.lax.bitcast_convert_type(rows, jnp.float8_e4m3fn)
-    return rows.astype(jnp.float32) * scales[..., None]
-
-
 def pack_rows(keys: jax.Array, values: jax.Array, dtype: jax.typing.DTypeLike) -> PackedRows:
     """Keys and values [T, G, D] as pages of ``dtype`` hold them."""
     rows, num_kv_heads, head_dim = keys.shape
     scales = None
-    if jnp.dtype(dtype).name in LARGEST:
+    if is_quantized(dtype):
         keys, key_scales = quantize_rows(keys, dtype)
         values, value_scales = quantize_rows(values, dtype)
         scales = jnp.stack([key_scales, value_scales], axis=-1).reshape(rows, -1)

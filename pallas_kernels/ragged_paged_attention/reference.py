@@ -5,14 +5,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.quantized_rows import (
+    dequantize_rows,
+    is_quantized,
+    quantize_rows,
+)
 from pallas_kernels.ragged_paged_attention.tiles import RaggedBatch, check_kv_pages
 
 
 class LogicalKVPages(NamedTuple):
-    """A layer's pages as one thinks of them: keys and values [pages, G, page_size, D]."""
+    """A layer's pages as one thinks of them: keys and values [pages, G, page_size, D].
+
+    Those of one byte have scales [pages, G, page_size], see quantized_rows.
+    """
 
     keys: jax.Array
     values: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
 
 def abstract_kv_pages(
@@ -25,17 +35,30 @@ def abstract_kv_pages(
 ) -> LogicalKVPages:
     """Shapes of a layer's pages."""
     pages: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
-    return LogicalKVPages(pages, pages)
+    if not is_quantized(dtype):
+        return LogicalKVPages(pages, pages)
+    scales: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size), jnp.float32)
+    return LogicalKVPages(pages, pages, scales, scales)
 
 
-def from_logical(keys: jax.Array, values: jax.Array) -> LogicalKVPages:
-    """Pages of this form; keys and values [pages, G, page_size, D]."""
-    return LogicalKVPages(keys, values)
+def from_logical(
+    keys: jax.Array, values: jax.Array, dtype: jax.typing.DTypeLike | None = None
+) -> LogicalKVPages:
+    """Pages of this form; keys and values [pages, G, page_size, D]. ``dtype``: quantized to it."""
+    if dtype is None or not is_quantized(dtype):
+        return LogicalKVPages(keys, values)
+    (keys, key_scales), (values, value_scales) = (quantize_rows(x, dtype) for x in (keys, values))
+    return LogicalKVPages(keys, values, key_scales, value_scales)
 
 
 def to_logical(kv_pages: LogicalKVPages, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """The inverse of ``from_logical``."""
-    return kv_pages.keys, kv_pages.values
+    if kv_pages.key_scales is None or kv_pages.value_scales is None:
+        return kv_pages.keys, kv_pages.values
+    return (
+        dequantize_rows(kv_pages.keys, kv_pages.key_scales),
+        dequantize_rows(kv_pages.values, kv_pages.value_scales),
+    )
 
 
 def ragged_paged_attention(
@@ -57,19 +80,21 @@ def ragged_paged_attention(
     form = abstract_kv_pages(num_pages, page_size, num_kv_heads, head_dim, kv_pages.keys.dtype, "")
     check_kv_pages(kv_pages, form)
     rows, num_heads, head_dim = queries.shape
-    key_pages, value_pages = kv_pages
-    num_pages, num_kv_heads, page_size, _ = value_pages.shape
+    num_kv_heads = keys.shape[1]
     positions, is_real = batch.positions(), batch.is_real()
     tables = batch.page_table[batch.sequences()]  # [T, P]
 
     pages = tables[jnp.arange(rows), jnp.minimum(positions // page_size, tables.shape[1] - 1)]
     pages = jnp.where(is_real, pages, num_pages)  # out of bounds: dropped
     offsets = positions % page_size
-    key_pages = key_pages.at[pages, :, offsets].set(keys.astype(key_pages.dtype), mode="drop")
-    value_pages = value_pages.at[pages, :, offsets].set(
-        values.astype(value_pages.dtype), mode="drop"
+    new = from_logical(keys, values, kv_pages.keys.dtype)  # [T, G, D], scales [T, G]
+    kv_pages = jax.tree.map(
+        lambda old, rows: old.at[pages, :, offsets].set(rows.astype(old.dtype), mode="drop"),
+        kv_pages,
+        new,
     )
 
+    key_pages, value_pages = to_logical(kv_pages, head_dim)
     context_keys = key_pages[tables].astype(jnp.float32)  # [T, P, G, page_size, D]
     context_keys = context_keys.swapaxes(1, 2).reshape(rows, num_kv_heads, -1, head_dim)
     context_values = value_pages[tables].astype(jnp.float32)
@@ -87,4 +112,4 @@ def ragged_paged_attention(
     outputs = jnp.einsum("tgrk,tgkd->tgrd", weights, context_values, precision="highest")
     outputs = jnp.where(is_real[:, None, None, None], outputs, 0)
     outputs = outputs.reshape(rows, num_heads, head_dim).astype(queries.dtype)
-    return outputs, LogicalKVPages(key_pages, value_pages)
+    return outputs, kv_pages

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.packed_pages import (
-    LARGEST,
     NUM_LANES,
     PackedKVPages,
     PackedRows,
@@ -27,6 +26,7 @@ from pallas_kernels.ragged_paged_attention.packed_pages import (
     to_logical,
     unpack_outputs,
 )
+from pallas_kernels.ragged_paged_attention.quantized_rows import is_quantized
 from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch, check_kv_pages
 from pallas_kernels.ragged_paged_attention.tpu_kernel import attend_tile
 from pallas_kernels.ragged_paged_attention.tpu_tile import Scratch, TileShape
@@ -101,10 +101,10 @@ def abstract_kv_pages(
 ) -> PackedKVPages:
     """Shapes of a layer's pages, with scales where ``dtype`` has one byte."""
     dtype = jnp.dtype(dtype)
-    is_quantized = dtype.name in LARGEST
-    if dtype not in (jnp.float32, jnp.bfloat16) and not is_quantized:
+    has_scales = is_quantized(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16) and not has_scales:
         raise NotImplementedError(f"pages are {dtype}, not float32, bfloat16, int8 or uint8")
-    granule = NUM_LANES if is_quantized else _granule(dtype)
+    granule = NUM_LANES if has_scales else _granule(dtype)
     if page_size % granule:
         raise NotImplementedError(
             f"a page of {page_size} tokens is no multiple of {granule}, for {dtype}"
@@ -112,7 +112,7 @@ def abstract_kv_pages(
     shape = packed_shape(num_pages, page_size, num_kv_heads, head_dim)
     pages: Any = jax.ShapeDtypeStruct(shape, dtype)
     scales: Any = None
-    if is_quantized:
+    if has_scales:
         shape = scales_shape(num_pages, page_size, num_kv_heads)
         scales = jax.ShapeDtypeStruct(shape, jnp.float32)
     return PackedKVPages(pages, scales, device_kind)

@@ -13,6 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.quantized_rows import (
+    as_floats,
+    dequantize_rows,
+    is_quantized,
+    quantize_rows,
+)
 from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch, check_kv_pages
 
 KV_BLOCK_TOKENS = 128
@@ -24,10 +30,13 @@ class TransposedKVPages(NamedTuple):
 
     Kv heads come before tokens, so that a gathered block is one matrix a head, and keys lie
     transposed, as the product with queries wants them: see docs/log.md for what else was measured.
+    Those of one byte have scales [pages, G, page_size], see quantized_rows.
     """
 
     keys: jax.Array
     values: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
 
 def abstract_kv_pages(
@@ -41,17 +50,31 @@ def abstract_kv_pages(
     """Shapes of a layer's pages."""
     keys: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, head_dim, page_size), dtype)
     values: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
-    return TransposedKVPages(keys, values)
+    if not is_quantized(dtype):
+        return TransposedKVPages(keys, values)
+    scales: Any = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size), jnp.float32)
+    return TransposedKVPages(keys, values, scales, scales)
 
 
-def from_logical(keys: jax.Array, values: jax.Array) -> TransposedKVPages:
-    """Pages of this form; keys and values [pages, G, page_size, D]."""
-    return TransposedKVPages(keys.swapaxes(2, 3), values)
+def from_logical(
+    keys: jax.Array, values: jax.Array, dtype: jax.typing.DTypeLike | None = None
+) -> TransposedKVPages:
+    """Pages of this form; keys and values [pages, G, page_size, D]. ``dtype``: quantized to it."""
+    if dtype is None or not is_quantized(dtype):
+        return TransposedKVPages(keys.swapaxes(2, 3), values)
+    (keys, key_scales), (values, value_scales) = (quantize_rows(x, dtype) for x in (keys, values))
+    return TransposedKVPages(keys.swapaxes(2, 3), values, key_scales, value_scales)
 
 
 def to_logical(kv_pages: TransposedKVPages, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """The inverse of ``from_logical``."""
-    return kv_pages.keys.swapaxes(2, 3), kv_pages.values
+    keys, values = kv_pages.keys.swapaxes(2, 3), kv_pages.values
+    if kv_pages.key_scales is None or kv_pages.value_scales is None:
+        return keys, values
+    return (
+        dequantize_rows(keys, kv_pages.key_scales),
+        dequantize_rows(values, kv_pages.value_scales),
+    )
 
 
 def ragged_paged_attention(
@@ -95,16 +118,23 @@ def _write(
     kv_pages: TransposedKVPages, keys: jax.Array, values: jax.Array, batch: RaggedBatch
 ) -> TransposedKVPages:
     """Scatters the new rows [T, G, D] to their pages; in place when ``kv_pages`` is donated."""
-    key_pages, value_pages = kv_pages
+    key_pages, value_pages, key_scales, value_scales = kv_pages
     num_pages, _, page_size, _ = value_pages.shape
     positions, is_real = batch.positions(), batch.is_real()
     page_indices = jnp.minimum(positions // page_size, batch.page_table.shape[1] - 1)
     pages = batch.page_table[batch.sequences(), page_indices]
     pages = jnp.where(is_real, pages, num_pages)  # out of bounds: dropped
     offsets = positions % page_size
+    if key_scales is not None and value_scales is not None:
+        keys, new_key_scales = quantize_rows(keys, key_pages.dtype)
+        values, new_value_scales = quantize_rows(values, value_pages.dtype)
+        key_scales = key_scales.at[pages, :, offsets].set(new_key_scales, mode="drop")
+        value_scales = value_scales.at[pages, :, offsets].set(new_value_scales, mode="drop")
     return TransposedKVPages(
         key_pages.at[pages, :, :, offsets].set(keys.astype(key_pages.dtype), mode="drop"),
         value_pages.at[pages, :, offsets].set(values.astype(value_pages.dtype), mode="drop"),
+        key_scales,
+        value_scales,
     )
 
 
@@ -124,8 +154,10 @@ def _attend(
     against 13 ms for one decode at 1,024 tokens beside seven padding rows, 30 layers.)
     """
     _, num_heads, head_dim = queries.shape
-    key_pages, value_pages = kv_pages
+    key_pages, value_pages, key_scales, value_scales = kv_pages
     _, num_kv_heads, page_size, _ = value_pages.shape
+    # Of quantized pages: what is stored is multiplied as floats, scales with what comes of it.
+    dtype = queries.dtype if key_scales is not None else value_pages.dtype
     group = num_heads // num_kv_heads
     num_tiles = tiles.starts.shape[0]
     # [N, G, group * rows, D]: the query heads of a kv head share its keys as more rows.
@@ -147,6 +179,10 @@ def _attend(
         first_blocks = jnp.maximum(tiles.starts - sliding_window + 1, 0) // block_tokens
     row_shape = grouped.shape[1:-1]
 
+    def of_block(scales: jax.Array, pages: jax.Array) -> jax.Array:
+        """[pages, G, page_size] -> [G, 1, K]."""
+        return scales[pages].transpose(1, 0, 2).reshape(num_kv_heads, 1, block_tokens)
+
     def attend_tile(tile: jax.Array, outputs: jax.Array) -> jax.Array:
         tile_queries, table, positions = grouped[tile], tables[tile], query_positions[tile]
 
@@ -161,8 +197,13 @@ def _attend(
             block_values = value_pages[pages].transpose(1, 0, 2, 3)  # [G, pages, page_size, D]
             block_values = block_values.reshape(num_kv_heads, block_tokens, head_dim)
             scores = jnp.einsum(
-                "gmd,gdk->gmk", tile_queries, block_keys, preferred_element_type=jnp.float32
+                "gmd,gdk->gmk",
+                tile_queries,
+                as_floats(block_keys, dtype),
+                preferred_element_type=jnp.float32,
             )
+            if key_scales is not None:
+                scores = scores * of_block(key_scales, pages)
             if logit_soft_cap is not None:
                 scores = logit_soft_cap * jnp.tanh(scores / logit_soft_cap)
             key_positions = index * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
@@ -173,10 +214,13 @@ def _attend(
             new_maximum = jnp.maximum(maximum, _fold(jnp.maximum, scores))
             weights = jnp.exp(scores - new_maximum)
             correction = jnp.exp(maximum - new_maximum)
+            scaled = weights
+            if value_scales is not None:
+                scaled = weights * of_block(value_scales, pages)
             block_output = jnp.einsum(
                 "gmk,gkd->gmd",
-                weights.astype(block_values.dtype),
-                block_values,
+                scaled.astype(dtype),
+                as_floats(block_values, dtype),
                 preferred_element_type=jnp.float32,
             )
             return (

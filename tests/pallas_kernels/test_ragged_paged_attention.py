@@ -1,5 +1,6 @@
 """Every backend against loops over plain NumPy arrays, case by case."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,20 +16,24 @@ from pallas_kernels.ragged_paged_attention import (
     RaggedBatch,
     ragged_paged_attention,
 )
+from pallas_kernels.ragged_paged_attention.quantized_rows import dequantize_rows, quantize_rows
 from tests.pallas_kernels.cases import CASES, AttentionCase, AttentionInputs, build
 
 BY_NAME = {case.name: case for case in CASES}
 
 
-def run(case: AttentionCase, inputs: AttentionInputs, backend: str) -> tuple[np.ndarray, ...]:
-    """Outputs, and logical key and value pages."""
+def run(
+    case: AttentionCase, inputs: AttentionInputs, backend: str, arrays: tuple[Any, ...] = ()
+) -> tuple[np.ndarray, ...]:
+    """Outputs, and logical key and value pages; ``arrays`` other than those of ``inputs``."""
     operation = functools.partial(
         ragged_paged_attention,
         scale=case.head_dim**-0.5,
         sliding_window=case.sliding_window,
         logit_soft_cap=case.logit_soft_cap,
     )
-    outputs, kv_pages = jax.jit(operation)(*inputs.arrays(backend), inputs.batch)
+    arrays = arrays or inputs.arrays(backend)
+    outputs, kv_pages = jax.jit(operation)(*arrays, inputs.batch)
     pages = IMPLEMENTATIONS[backend].to_logical(kv_pages, case.head_dim)
     return np.asarray(outputs), *(np.asarray(array) for array in pages)
 
@@ -65,6 +70,43 @@ def test_case(name: str, backend: str) -> None:
     inputs = build(case)
     outputs, *pages = run(case, inputs, backend)
     wanted, *wanted_pages = expected(case, inputs)
+    rows = [row for _, _, row in inputs.rows]
+    np.testing.assert_allclose(outputs[rows], wanted[rows], atol=3e-6, rtol=3e-6)
+    for ours, theirs in zip(pages, wanted_pages, strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(np.float32))
+    assert np.isfinite(outputs).all(), "padding rows must stay finite"
+
+
+# Each case in one of the two types, and the definition in both.
+QUANTIZED = [(name, "xla", ("int8", "uint8")[i % 2]) for i, name in enumerate(BY_NAME)]
+QUANTIZED += [("verify_mixed", "reference", dtype) for dtype in ("int8", "uint8")]
+
+
+@pytest.mark.parametrize(("name", "backend", "dtype"), QUANTIZED)
+def test_quantized_pages(name: str, backend: str, dtype: str) -> None:
+    """What lies in the pages is the truth, new rows included: beyond their rounding no error."""
+    case = BY_NAME[name]
+    inputs = build(case)
+    queries, keys, values, kv_pages = inputs.arrays(backend, dtype=jnp.float32)
+    module = IMPLEMENTATIONS[backend]
+    logical = (jnp.asarray(pages) for pages in (inputs.key_pages, inputs.value_pages))
+    kv_pages = module.from_logical(*logical, dtype)
+    assert kv_pages.keys.dtype == kv_pages.values.dtype == jnp.dtype(dtype)
+    rounded = [np.asarray(dequantize_rows(*quantize_rows(x, dtype))) for x in (keys, values)]
+    truth = dataclasses.replace(
+        inputs,
+        **dict(zip(("keys", "values"), rounded, strict=True)),
+        **dict(
+            zip(
+                ("key_pages", "value_pages"),
+                map(np.asarray, module.to_logical(kv_pages, case.head_dim)),
+                strict=True,
+            )
+        ),
+    )
+    arrays = queries, keys, values, kv_pages
+    outputs, *pages = run(case, inputs, backend, arrays)
+    wanted, *wanted_pages = expected(case, truth)
     rows = [row for _, _, row in inputs.rows]
     np.testing.assert_allclose(outputs[rows], wanted[rows], atol=3e-6, rtol=3e-6)
     for ours, theirs in zip(pages, wanted_pages, strict=True):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention import (
     packed_pages,
+    quantized_rows,
     tpu,
     tpu_kernel,
     tpu_softmax,
@@ -119,7 +120,7 @@ def test_quantized_pages(case: AttentionCase, dtype: str) -> None:
     assert pages.pages.dtype == jnp.dtype(dtype)
     key_pages, value_pages = tpu.to_logical(pages, case.head_dim)
     rounded = [
-        packed_pages.dequantize_rows(*packed_pages.quantize_rows(rows, dtype))
+        quantized_rows.dequantize_rows(*quantized_rows.quantize_rows(rows, dtype))
         for rows in (keys, values)
     ]
     truth = dataclasses.replace(
@@ -139,9 +140,9 @@ def test_quantization_rounds_to_a_part_of_the_largest() -> None:
     largest = np.abs(np.asarray(rows)).max(-1, keepdims=True)
     # int8 has steps of 1/127 of the largest value, float8 (e4m3) 3 bits behind the first one.
     for dtype, error in (("int8", 0.5 / 127), ("uint8", 2.0**-4)):
-        values, scales = packed_pages.quantize_rows(rows, dtype)
+        values, scales = quantized_rows.quantize_rows(rows, dtype)
         assert values.dtype == jnp.dtype(dtype)
-        again = np.asarray(packed_pages.dequantize_rows(values, scales))
+        again = np.asarray(quantized_rows.dequantize_rows(values, scales))
         assert (np.abs(again - rows) <= 1.001 * error * largest).all()
         np.testing.assert_allclose(np.abs(again).max(-1, keepdims=True), largest, rtol=1e-6)
 
