@@ -1,6 +1,7 @@
 """Where a model that does not fit would, by arithmetic."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from scripts.tpu_topology import topology_devices
 
 # Tokens: with less no model is of use.
 SHORTEST = 1024
-# The format that is proposed where plain weights do not fit.
+# What is proposed for matrices and for pages where floats do not fit.
 SMALLER = "int8"
 
 
@@ -52,11 +53,24 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     shorter = int(max(0, left) * TPU_KV_FRACTION / page) * config.page_size
     if shorter >= SHORTEST:
         found.append(f"{target.name} with --max-model-len {shorter}")
-    if dtypes.quantization is None:
-        quantized = dataclasses.replace(dtypes, quantization=SMALLER)
-        if smallest_plan(model, config, quantized, mesh).total <= generation.hbm_bytes:
-            found.append(f"{target.name} with --quantize {SMALLER}")
+    for smaller, named in _smaller(dtypes):
+        if smallest_plan(model, config, smaller, mesh).total <= generation.hbm_bytes:
+            found.append(f"{target.name} with {named}")
+            break  # what loses least
     return f"{reason}. It would fit {', or '.join(found) or 'no TPU that is known here'}"
+
+
+def _smaller(dtypes: DtypePolicy) -> Iterator[tuple[DtypePolicy, str]]:
+    """Policies that take less memory, with the flags that ask for them: pages, matrices, both."""
+    pages = dataclasses.replace(dtypes, kv_cache=SMALLER)
+    has_pages = dtypes.kv_cache in ("float32", "bfloat16")
+    if has_pages:
+        yield pages, f"--kv-dtype {SMALLER}"
+    if dtypes.quantization is None:
+        yield dataclasses.replace(dtypes, quantization=SMALLER), f"--quantize {SMALLER}"
+        if has_pages:
+            both = dataclasses.replace(pages, quantization=SMALLER)
+            yield both, f"--quantize {SMALLER} --kv-dtype {SMALLER}"
 
 
 def smallest_plan(

@@ -1,5 +1,7 @@
 """The whole engine over several devices: scheduling, paging and sampling included."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from tests.jaxinfer.tiny import CPU_DTYPES, random_request, run_all, tiny_config
 MODEL = tiny_model(num_attention_heads=14, num_key_value_heads=2, intermediate_size=66)
 
 
-def outputs_over(num_devices: int, max_steps_per_call: int) -> dict[str, list[int]]:
+def outputs_over(
+    num_devices: int, max_steps_per_call: int, kv_cache: str = "float32"
+) -> dict[str, list[int]]:
     """Greedy and seeded requests on an engine with few pages, its kv heads split or repeated."""
     mesh = make_mesh(jax.devices("cpu")[:num_devices])
     config = tiny_config(num_pages=24, max_steps_per_call=max_steps_per_call)
-    engine = Engine(MODEL, config, CPU_DTYPES, mesh)
+    engine = Engine(MODEL, config, replace(CPU_DTYPES, kv_cache=kv_cache), mesh)
     engine.compile(shapes=[engine.shapes[0], engine.shapes[-1]])
     logical = nnx.to_pure_dict(nnx.state(models.build(MODEL, CPU_DTYPES, nnx.Rngs(0))))
     logical["lm_head"] = logical["lm_head"] * 3
@@ -55,3 +59,9 @@ def test_tokens_equal_those_of_one_device(
     """Sums are taken in another order: equal where the best logit leads, as it does here."""
     alone = many_devices(outputs_over, 1, 1)
     assert many_devices(outputs_over, num_devices, max_steps_per_call) == alone
+
+
+def test_with_pages_in_8_bits_too(many_devices: ManyDevices) -> None:
+    """Preempted sequences come back to the same pages, their heads on any device."""
+    alone = many_devices(outputs_over, 1, 1, "int8")
+    assert many_devices(outputs_over, 4, 4, "int8") == alone

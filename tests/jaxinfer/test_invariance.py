@@ -199,6 +199,12 @@ def test_quantized_matrices(quantization: str) -> None:
     check_arrangements(Probe(dtypes=dataclasses.replace(CPU_DTYPES, quantization=quantization)))
 
 
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
+def test_quantized_pages(kv_cache: str) -> None:
+    """A row's keys and values are rounded by themselves, wherever it stands."""
+    check_arrangements(Probe(dtypes=dataclasses.replace(CPU_DTYPES, kv_cache=kv_cache)))
+
+
 def check_arrangements(other: Probe) -> None:
     """In chunks or whole, alone or beside others, decoded or computed again: the same bits."""
     one_chunk = other.prefill(4)

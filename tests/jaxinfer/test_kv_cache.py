@@ -20,6 +20,16 @@ def test_page_bytes_are_those_of_the_arrays() -> None:
         assert len(layers) == model.num_hidden_layers
 
 
+@pytest.mark.parametrize("backend", ["reference", "xla", "tpu"])
+@pytest.mark.parametrize(("head_dim", "times"), [(64, 1.88), (128, 1.93), (256, 1.96)])
+def test_a_byte_a_number_and_a_scale_a_row(backend: str, head_dim: int, times: float) -> None:
+    """1.85 times the tokens of bfloat16 in the same memory, or more."""
+    model, mesh = tiny_model(head_dim=head_dim), make_mesh(jax.devices("cpu")[:1])
+    whole = page_bytes(model, 128, "bfloat16", mesh, backend)
+    for dtype in ("int8", "fp8"):
+        assert whole / page_bytes(model, 128, dtype, mesh, backend) >= times
+
+
 def test_no_more_pages_than_memory_or_use() -> None:
     model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
     size = page_bytes(model, 16, "float32", mesh)
