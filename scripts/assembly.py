@@ -14,14 +14,11 @@ from jax.sharding import Mesh
 
 from checkpoints.catalog import CATALOG, hub_model, resolve, user_cache_folder
 from checkpoints.configs import configured_models, model_config
-from checkpoints.gguf import GGUFCheckpoint
-from checkpoints.held import QUANTIZATIONS, kept_formats
 from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
-from checkpoints.orbax import OrbaxCheckpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import KEPT, KV_DTYPES, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import KEPT, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
@@ -34,9 +31,9 @@ from jaxinfer.sharding import (
     place,
 )
 from jaxinfer.step import Parameters
-from jaxinfer.weights import check_device
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 from scripts.engine_sizes import DEFAULT_MAX_MODEL_LEN, engine_config
+from scripts.formats import add_format_options, describe_rounding, pick_dtypes
 from scripts.peak_memory import PeakMemory
 from scripts.phases import Phases
 from scripts.platforms import add_platform_options, pick_devices
@@ -80,6 +77,7 @@ class LoadedModel:
     default_sampling: SamplingParams
     devices: list[Device]
     parameters: Parameters
+    checkpoint: Checkpoint
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -114,23 +112,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="weights, activations and KV cache (default: float32 on CPU, else bfloat16)",
     )
-    group.add_argument(
-        "--kv-dtype",
-        choices=("auto", *KV_DTYPES),
-        default="auto",
-        help="what keys and values are held in: int8 and fp8 take a byte a number and a scale for "
-        "each token and head (default: %(default)s, as --dtype says)",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="hold matrices as integers: those the checkpoint has, or rounded to 8 or 4 bits "
-        "while it is read. int8: a scale for each output; int8-dynamic rounds activations to 8 "
-        "bits too, each row by its own scale, int8-dynamic-64 each 64 numbers of a row; int4: a "
-        "scale and a minimum for each 32 inputs (or 64, 128) of an output, -symmetric without the "
-        "minimum; fp8: 8-bit floats, for devices that multiply them (default: none, or what a "
-        "converted model was converted to)",
-    )
+    add_format_options(group)
     group.add_argument(
         "--max-num-seqs",
         type=int,
@@ -216,7 +198,9 @@ def load_model(
     engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
     shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
     memory = PeakMemory()
-    with phases.phase("load", "tensors", lambda: describe_load(memory, checkpoint)) as progress:
+    with phases.phase(
+        "load", "tensors", lambda: memory.describe() + describe_rounding(checkpoint)
+    ) as progress:
         parameters = load_parameters(
             checkpoint,
             engine.abstract_parameters,
@@ -241,20 +225,8 @@ def load_model(
         default_sampling=sampling,
         devices=plan.devices,
         parameters=parameters,
+        checkpoint=checkpoint,
     )
-
-
-def describe_load(memory: PeakMemory, checkpoint: Checkpoint) -> str:
-    """Memory, and what was rounded of integers that could not be kept with their scales."""
-    said = memory.describe()
-    if isinstance(checkpoint, GGUFCheckpoint):
-        rounded = {name: error for name, error in checkpoint.rounding.items() if error}
-        if rounded:
-            said += (
-                f"; scales of {', '.join(sorted(rounded))} rounded to float16, by "
-                f"{max(rounded.values()):.1e} of themselves at most"
-            )
-    return said
 
 
 def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
@@ -293,32 +265,9 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         num_tensor = default_tensor_parallel(model, len(devices), options.data_parallel)
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
-    kv_dtype = None if options.kv_dtype == "auto" else options.kv_dtype
-    dtypes = DtypePolicy.for_platform(devices[0].platform, options.dtype, kv_dtype)
-    dtypes = with_quantization(dtypes, options, checkpoint, devices[0])
+    dtypes = pick_dtypes(options, checkpoint, devices[0])
     config = engine_config(options, model, dtypes, mesh)
     return Plan(checkpoint, model, config, dtypes, devices, mesh)
-
-
-def with_quantization(
-    dtypes: DtypePolicy, options: argparse.Namespace, checkpoint: Checkpoint | None, device: Any
-) -> DtypePolicy:
-    """``dtypes`` with what ``--quantize`` asks for, or what a converted folder has been made of."""
-    asked = options.quantize
-    if isinstance(checkpoint, OrbaxCheckpoint) and checkpoint.quantization.name is not None:
-        made = checkpoint.quantization
-        if asked not in (None, KEPT, made.name):
-            raise ValueError(
-                f"{options.model} was converted to {made.name}: leave --quantize out, or convert "
-                f"what it was made of again"
-            )
-        name, formats = made.name, made.formats
-    else:
-        name = None if asked == "none" else asked
-        if name is not None:
-            check_device(name, device)
-        formats = kept_formats(options.model, checkpoint) if name == KEPT else ()
-    return dataclasses.replace(dtypes, quantization=name, matrix_formats=formats)
 
 
 def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:

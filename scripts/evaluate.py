@@ -21,12 +21,12 @@ import math
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints.held import QUANTIZATIONS
 from jaxinfer.request import Request
-from jaxinfer.weights import FORMATS
 from scripts.assembly import LoadedModel, add_engine_options, largest_shape, load_model
 from scripts.measuring import describe
 from scripts.phases import Phases
-from scripts.weight_formats import compare_formats, format_table
+from scripts.weight_formats import KV_FORMATS, compare_formats, format_table
 
 MAX_TEXT_BYTES = 256 << 20
 
@@ -109,17 +109,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--formats",
         nargs="+",
-        choices=list(FORMATS),
+        choices=[*QUANTIZATIONS[1:], *KV_FORMATS],
         metavar="FORMAT",
-        help="beside the plain weights these, as for --quantize: bytes, losses, divergence from "
-        "the plain logits, and decoded tokens a second",
+        help="beside the plain model these, as for --quantize, or kv-int8 and kv-fp8 as for "
+        "--kv-dtype: bytes of weights, losses, divergence from the plain logits, and decoded "
+        "tokens a second",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_engine_options(parser)
     options = parser.parse_args()
-    if options.formats and options.quantize not in (None, "none"):
-        parser.error("--formats compares with plain weights: leave --quantize out")
+    if options.formats and (options.quantize not in (None, "none") or options.kv_dtype != "auto"):
+        parser.error("--formats compares with the plain model: leave --quantize, --kv-dtype out")
     if options.max_tokens is not None and options.max_tokens < 2:
         parser.error(f"--max-tokens must be at least 2, got {options.max_tokens}")
     return options

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from checkpoints.held import kept_formats
+from checkpoints.load import load_parameters
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
-from jaxinfer.config import DtypePolicy, EngineConfig
+from jaxinfer.config import KEPT, DtypePolicy, EngineConfig
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
-from jaxinfer.sharding import abstract_parameters, place
+from jaxinfer.sharding import abstract_parameters, num_tensor_devices, place
 from jaxinfer.step import Parameters
 from scripts.assembly import LoadedModel, new_engine
 from scripts.measuring import measure, random_prompts, requests_of
@@ -27,20 +29,31 @@ PLAIN = "none"
 # Prompt rows of a step: their logits over a vocabulary of 150,000 are 80 MB for each format.
 TILES = 2
 # Sequences that decode at once while speed is measured, and their new tokens.
-BATCHES, NEW_TOKENS = (1, 8), 24
+BATCHES, NEW_TOKENS = (1, 8, 32), 24
+# What else can be compared: KV pages in other dtypes, beside plain matrices.
+KV_FORMATS = {"kv-int8": "int8", "kv-fp8": "fp8"}
 
 
 def in_format(loaded: LoadedModel, name: str) -> LoadedModel:
-    """``loaded``, which is plain, with its matrices in the format called ``name``.
+    """``loaded``, which is plain, with matrices or KV pages in the format called ``name``.
 
     Both are held. The engine is the plain one still: make a new one.
     """
     if name == PLAIN:
         return loaded
-    dtypes = dataclasses.replace(loaded.dtypes, quantization=name)
+    if name in KV_FORMATS:
+        dtypes = dataclasses.replace(loaded.dtypes, kv_cache=KV_FORMATS[name])
+        return dataclasses.replace(loaded, dtypes=dtypes)
+    formats = kept_formats(loaded.name, loaded.checkpoint) if name == KEPT else ()
+    dtypes = dataclasses.replace(loaded.dtypes, quantization=name, matrix_formats=formats)
     mesh = loaded.engine.mesh
     _, state = models.abstract(loaded.model, dtypes, mesh)
-    made = quantized_weights(loaded.model, dtypes, mesh)
+    abstract, made = abstract_parameters(state, mesh), quantized_weights(loaded.model, dtypes, mesh)
+    if name == KEPT:
+        parameters = load_parameters(
+            loaded.checkpoint, abstract, None, num_tensor_devices(mesh), made, keeps=True
+        )
+        return dataclasses.replace(loaded, dtypes=dtypes, parameters=parameters)
 
     def quantize(tree: Any, path: tuple[Any, ...]) -> Any:
         if path in made:
@@ -49,8 +62,7 @@ def in_format(loaded: LoadedModel, name: str) -> LoadedModel:
             return {key: quantize(value, (*path, key)) for key, value in tree.items()}
         return tree
 
-    quantized = quantize(loaded.parameters, ())
-    parameters = jax.tree.map(place, quantized, abstract_parameters(state, mesh))
+    parameters = jax.tree.map(place, quantize(loaded.parameters, ()), abstract)
     return dataclasses.replace(loaded, dtypes=dtypes, parameters=parameters)
 
 

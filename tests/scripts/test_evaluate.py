@@ -36,10 +36,12 @@ def test_formats_beside_each_other(run: Run, text_path: Path) -> None:
     """The plain row's losses are those of the engine; a format is off by little, and smaller."""
     flags = ("--text", str(text_path), "--json", "--max-tokens", "150")
     alone = run("evaluate", *flags).lines[0]
-    result = run("evaluate", *flags, "--formats", "int8", "int8-dynamic")
+    formats = ("int8", "int8-dynamic", "kv-int8")
+    result = run("evaluate", *flags, "--formats", *formats)
     assert result.error == ""
-    plain, int8, dynamic = result.lines[0]["formats"]
-    assert [row["weights"] for row in (plain, int8, dynamic)] == ["float32", "int8", "int8-dynamic"]
+    plain, int8, dynamic, pages = result.lines[0]["formats"]
+    names = [row["weights"] for row in (plain, int8, dynamic, pages)]
+    assert names == ["float32", *formats]
     assert plain["nll"] == pytest.approx(alone["nll"], rel=1e-6)
     assert (plain["mean_kl"], plain["top1_agreement"], plain["of_plain"]) == (0, 1, 1)
     quantized = run("evaluate", *flags, "--quantize", "int8").lines[0]
@@ -48,6 +50,10 @@ def test_formats_beside_each_other(run: Run, text_path: Path) -> None:
     assert 0 < int8["mean_kl"] < dynamic["mean_kl"] < 0.01
     assert int8["of_plain"] == dynamic["of_plain"] < 0.35
     assert all(row["decode_tokens_per_second_8"] > 0 for row in (plain, int8, dynamic))
+    assert pages["of_plain"] == 1
+    assert 0 < pages["mean_kl"] < 0.01
+    kept = run("evaluate", *flags, "--formats", "checkpoint").error
+    assert kept.startswith("error: tiny holds no matrices of integers: --quantize checkpoint is")
     table = run("evaluate", *flags[:2], "--max-tokens", "20", "--formats", "int8").stdout
     assert [line.split()[0] for line in table.splitlines()] == ["weights", "float32", "int8"]
     assert run("evaluate", *flags, "--formats", "int8", "--quantize", "int8").error == "2"
