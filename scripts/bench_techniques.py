@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.engine import Engine
+from jaxinfer.kv_cache import page_bytes
 from jaxinfer.request import Request
 from scripts.assembly import LoadedModel, new_engine
 from scripts.measuring import Measured, describe, latencies, measure, random_prompts, requests_of
@@ -197,8 +198,17 @@ def quantization(loaded: LoadedModel) -> Iterator[Row]:
     naive, ours = weight_bytes(loaded.parameters), weight_bytes(small.parameters)
     title = f"{name} against {loaded.dtypes.weights} weights"
     yield smaller(f"{title}, bytes", "4-8x", "MiB", naive / 2**20, ours / 2**20, None)
-    engines = [engine_for(variant, prefix_cache=False) for variant in (loaded, small)]
-    for size in (1, 8, 16):
+    pages = [
+        page_bytes(loaded.model, loaded.engine_config.page_size, dtype, loaded.engine.mesh)
+        for dtype in ("bfloat16", name)
+    ]
+    title_pages = f"{name} against bfloat16 KV pages, bytes of a token"
+    tokens = [size / loaded.engine_config.page_size / 1024 for size in pages]
+    yield smaller(title_pages, "-", "KiB", *tokens, None)
+    engines = [
+        engine_for(variant, prefix_cache=False, max_num_seqs=32) for variant in (loaded, small)
+    ]
+    for size in (1, 8, 16, 32):
         requests = requests_of(random_prompts(loaded.model.vocab_size, [32] * size), 33)
         plain, quantized = (measure(engine, requests) for engine in engines)
         before, after = (run.decode_tokens / run.decode_seconds for run in (plain, quantized))
