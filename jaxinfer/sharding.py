@@ -94,7 +94,11 @@ def device_format(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding | For
     """
     sharding = named_sharding(mesh, axes)
     device: Device = mesh.devices.flat[0]
-    if device.platform not in TILED_PLATFORMS or len(axes) < 3 or axes[0] != "embed":
+    if device.platform not in TILED_PLATFORMS:
+        return sharding
+    if len(axes) == 2:
+        return Format(Layout((0, 1)), sharding)
+    if len(axes) < 3 or axes[0] != "embed":
         return sharding
     last = len(axes) - 1
     return Format(Layout((*range(1, last), 0, last)), sharding)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxinfer.weights.formats import GROUPS, GroupedFormat
 from jaxinfer.weights.integers import Integers
+from jaxinfer.weights.split import split_product
 from pallas_kernels.quantized_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul.nibbles import pack_nibbles, unpack_nibbles
 from pallas_kernels.quantized_matmul.reference import dequantized
@@ -132,7 +133,8 @@ class GroupedWeight(nnx.Module):
         minimums = self.minimums[...] if self.form.minimums is not None else None
         values = self.values[...]
         num_behind = values.ndim - 1 - self.axis
-        return GroupedMatrix(values, self.scales[...], minimums, num_behind, self.merged)
+        axes = self.values.get_metadata()["out_sharding"]
+        return GroupedMatrix(values, self.scales[...], minimums, axes, num_behind, self.merged)
 
     def _in_groups(self, array: Array) -> Any:
         """[..., I..., O...] -> [..., I/G, G, O...]."""
@@ -155,7 +157,7 @@ class GroupedWeight(nnx.Module):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales", "minimums"),
-    meta_fields=("num_behind", "merged"),
+    meta_fields=("axes", "num_behind", "merged"),
 )
 @dataclass(frozen=True)
 class GroupedMatrix:
@@ -167,13 +169,17 @@ class GroupedMatrix:
     values: jax.Array
     scales: jax.Array
     minimums: jax.Array | None
+    axes: tuple[str | None, ...]
     num_behind: int
     merged: tuple[int, ...] = ()
 
     def product(self, inputs: jax.Array) -> jax.Array:
         """[T, I...] -> [T, O...] float32."""
         rows = inputs.reshape(inputs.shape[0], -1)
-        products = grouped_matmul(rows, self.values, self.scales, self.minimums)
+        arrays, (first, *outputs) = (self.values, self.scales, self.minimums), self.axes
+        products = split_product(
+            grouped_matmul, rows, arrays, (self.axes,) * 3, first, tuple(outputs)
+        )
         return products.reshape(rows.shape[0], -1, *self.merged) if self.merged else products
 
     def grouped_product(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinfer.weights.by_output import Array, OutputScaledWeight
 from jaxinfer.weights.formats import Int8Format
+from jaxinfer.weights.split import split_product
 from pallas_kernels.quantized_matmul import int8_matmul
 
 
@@ -42,15 +43,16 @@ class Int8Weight(OutputScaledWeight):
     def matrix(self) -> "Int8Matrix":
         """The arrays, to multiply with."""
         form = self.form
+        axes = self.values.get_metadata()["out_sharding"]
         return Int8Matrix(
-            self.values[...], self.scales[...], form.activation_bits, form.activation_group
+            self.values[...], self.scales[...], axes, form.activation_bits, form.activation_group
         )
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales"),
-    meta_fields=("activation_bits", "activation_group"),
+    meta_fields=("axes", "activation_bits", "activation_group"),
 )
 @dataclass(frozen=True)
 class Int8Matrix:
@@ -61,18 +63,20 @@ class Int8Matrix:
 
     values: jax.Array
     scales: jax.Array
+    axes: tuple[str | None, ...]
     activation_bits: int
     activation_group: int | None = None
 
     def product(self, inputs: jax.Array) -> jax.Array:
         """[T, I...] -> [T, O...] float32."""
-        return int8_matmul(
-            inputs.reshape(inputs.shape[0], -1),
-            self.values,
-            self.scales,
+        multiply = functools.partial(
+            int8_matmul,
             activation_bits=self.activation_bits,
             activation_group=self.activation_group,
         )
+        rows, (*outputs, last) = inputs.reshape(inputs.shape[0], -1), self.axes
+        arrays, axes = (self.values, self.scales), (self.axes, tuple(outputs))
+        return split_product(multiply, rows, arrays, axes, last, tuple(outputs))
 
     def grouped_product(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         """[N, I] -> [N, O] float32 with one of the matrices [X, O, I] for each group of rows."""

@@ -9,19 +9,21 @@ a group. Two forms of matrices, by what their scales belong to:
   summed. [I, O...], so that a group's scales lie beside each other as its outputs do.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.quantized_matmul import reference, xla
+from pallas_kernels.quantized_matmul import reference, tpu, xla
 
 __all__ = ["IMPLEMENTATIONS", "float8_matmul", "grouped_matmul", "int8_matmul"]
 
 # The first that does not decline is taken; `reference` is the definition, never the fast path.
-IMPLEMENTATIONS: Mapping[str, Any] = {"xla": xla, "reference": reference}
+# Where "tpu" does not decline it is taken on TPUs only, and the next one elsewhere.
+IMPLEMENTATIONS: Mapping[str, Any] = {"tpu": tpu, "xla": xla, "reference": reference}
 
 
 def int8_matmul(
@@ -56,13 +58,16 @@ def int8_matmul(
             raise ValueError(f"rows of {size} cannot be cut into groups of {activation_group}")
     return dispatch(
         "int8_matmul",
-        {name: module.int8_matmul for name, module in IMPLEMENTATIONS.items()},
+        _candidates(
+            "int8_matmul",
+            backend,
+            activation_bits=activation_bits,
+            activation_group=activation_group,
+        ),
         backend,
         inputs,
         values,
         scales,
-        activation_bits=activation_bits,
-        activation_group=activation_group,
     )
 
 
@@ -114,10 +119,39 @@ def grouped_matmul(
         raise ValueError(f"minimums {minimums.shape} do not fit scales {scales.shape}")
     return dispatch(
         "grouped_matmul",
-        {name: module.grouped_matmul for name, module in IMPLEMENTATIONS.items()},
+        _candidates("grouped_matmul", backend),
         backend,
         inputs,
         values,
         scales,
         minimums,
     )
+
+
+def _candidates(
+    operation: str, backend: str | None, **options: Any
+) -> dict[str, Callable[..., jax.Array]]:
+    """Every backend's ``operation``; with none asked for, the TPU's kernel for TPUs alone."""
+    candidates: dict[str, Callable[..., jax.Array]] = {
+        name: functools.partial(getattr(module, operation), **options)
+        for name, module in IMPLEMENTATIONS.items()
+    }
+    if backend is None:
+        candidates["tpu"] = functools.partial(_on_tpu, candidates["tpu"], candidates["xla"])
+    return candidates
+
+
+def _on_tpu(
+    kernel: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array], *arrays: Any
+) -> jax.Array:
+    """``kernel`` where the program is lowered for TPUs, else ``elsewhere``.
+
+    A mesh says for what is traced. Without one both are traced, and one of them is lowered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if device is not None and device.platform != "tpu":
+        raise NotImplementedError(f"the devices are {device.platform}")
+    if any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes)):
+        raise NotImplementedError("XLA cannot divide a kernel over devices: use shard_map")
+    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=elsewhere)

@@ -63,10 +63,11 @@ def schedule(
         if ended.returncode:
             raise RuntimeError(ended.stderr[-2000:])
         kernels = {"decode": "ragged_paged_attention_1", "chunk": "ragged_paged_attention_128"}
-        return {kind: _count(Path(folder), name) for kind, name in kernels.items()}
+        return {kind: count_bundles(Path(folder), name) for kind, name in kernels.items()}
 
 
-def _count(folder: Path, kernel: str) -> dict[str, int]:
+def count_bundles(folder: Path, kernel: str) -> dict[str, int]:
+    """Of a kernel by its name, from what the compiler wrote down."""
     (slots,) = folder.glob(f"*-{kernel}.*final_hlo-static-per-bundle-utilization.txt")
     prefix = slots.name.split(f"{kernel}.")[0]
     (bundles,) = (
