@@ -203,8 +203,8 @@ def quantization(loaded: LoadedModel) -> Iterator[Row]:
         for dtype in ("bfloat16", name)
     ]
     title_pages = f"{name} against bfloat16 KV pages, bytes of a token"
-    tokens = [size / loaded.engine_config.page_size / 1024 for size in pages]
-    yield smaller(title_pages, "-", "KiB", *tokens, None)
+    whole, rounded = (size / loaded.engine_config.page_size / 1024 for size in pages)
+    yield smaller(title_pages, "-", "KiB", whole, rounded, None)
     engines = [
         engine_for(variant, prefix_cache=False, max_num_seqs=32) for variant in (loaded, small)
     ]

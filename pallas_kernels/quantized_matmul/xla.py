@@ -50,21 +50,29 @@ def grouped_matmul(
     The matrix is made whole, in the activations' dtype, for every call: on CPU in float32, so that
     a product is that of the dequantized checkpoint to the bit.
     """
+    arrays = (inputs, values, scales, minimums)
+    return jax.lax.platform_dependent(*arrays, cpu=_grouped_on_cpu, default=_grouped)
+
+
+def _grouped(
+    inputs: jax.Array, values: jax.Array, scales: jax.Array, minimums: jax.Array | None
+) -> jax.Array:
     matrix = dequantized(values, scales, minimums, axis=0).astype(inputs.dtype)
-
-    def multiply(rows: jax.Array, flat: jax.Array) -> jax.Array:
-        return jnp.dot(rows, flat, preferred_element_type=jnp.float32)
-
-    def multiply_two(rows: jax.Array, flat: jax.Array) -> jax.Array:
-        # XLA:CPU makes the matrix anew within a product of one row, four times slower.
-        return multiply(jnp.concatenate([rows, rows]), flat)[:1]
-
     flat = matrix.reshape(matrix.shape[0], -1)
-    if inputs.shape[0] > 1:
-        products = multiply(inputs, flat)
-    else:
-        products = jax.lax.platform_dependent(inputs, flat, cpu=multiply_two, default=multiply)
+    products = jnp.dot(inputs, flat, preferred_element_type=jnp.float32)
     return products.reshape(-1, *matrix.shape[1:])
+
+
+def _grouped_on_cpu(
+    inputs: jax.Array, values: jax.Array, scales: jax.Array, minimums: jax.Array | None
+) -> jax.Array:
+    # After the rows are there, or all matrices of a step are made at once, in fresh memory.
+    arrays = jax.lax.optimization_barrier((inputs, values, scales, minimums))
+    inputs, values, scales, minimums = arrays
+    if inputs.shape[0] > 1:
+        return _grouped(inputs, values, scales, minimums)
+    # XLA:CPU makes the matrix anew within a product of one row, four times slower.
+    return _grouped(jnp.concatenate([inputs, inputs]), values, scales, minimums)[:1]
 
 
 def float8_matmul(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
@@ -89,6 +97,7 @@ def _with_8_bit_groups(
     Of the integers themselves it would be a product for each group, which takes XLA:CPU 60 times
     as long for 512 rows (docs/log.md).
     """
+    inputs, values = jax.lax.optimization_barrier((inputs, values))  # see _grouped_on_cpu
     group_scales, integers = _quantize_rows(inputs.reshape(-1, group), 127)
     rows = (integers * group_scales[:, None]).reshape(inputs.shape)
     return _product(rows, values.astype(jnp.float32), jnp.float32) * scales[None]
