@@ -29,7 +29,7 @@ PLAIN = "none"
 # Prompt rows of a step: their logits over a vocabulary of 150,000 are 80 MB for each format.
 TILES = 2
 # Sequences that decode at once while speed is measured, and their new tokens.
-BATCHES, NEW_TOKENS = (1, 8, 32), 24
+BATCHES, PROMPT_TOKENS, NEW_TOKENS = (1, 8, 32), 16, 24
 # What else can be compared: KV pages in other dtypes, beside plain matrices.
 KV_FORMATS = {"kv-int8": "int8", "kv-fp8": "fp8"}
 
@@ -170,11 +170,12 @@ def _compare(
 
 def _rates(variant: LoadedModel) -> dict[str, float]:
     """Decoded tokens a second, by the number of sequences."""
-    most = max(BATCHES)
-    engine = new_engine(variant, max_num_seqs=most)
+    most, page_size = max(BATCHES), variant.engine_config.page_size
+    num_pages = most * -(-(PROMPT_TOKENS + NEW_TOKENS) // page_size)
+    engine = new_engine(variant, max_num_seqs=most, num_pages=num_pages)
     rates = {}
     for size in BATCHES:
-        prompts = random_prompts(variant.model.vocab_size, [16] * size)
+        prompts = random_prompts(variant.model.vocab_size, [PROMPT_TOKENS] * size)
         measure(engine, requests_of(prompts, 4))
         measured = measure(engine, requests_of(prompts, NEW_TOKENS))
         rate = measured.decode_tokens / measured.decode_seconds
