@@ -53,16 +53,20 @@ class PackedMatrix:
 
     def dequantized(self) -> np.ndarray:
         """The float32 matrix [out, in]: exact where scales are of 16 bits."""
-        index = self.groups_of
-        if index is None:
-            index = np.arange(self.values.shape[1]) // self.group
-        numbers = self.values.astype(np.float32)
-        if self.zeros is None:
-            numbers -= np.float32(1 << (self.bits - 1))
-        else:
-            numbers -= self.zeros[:, index]
+        index, (outputs, inputs) = self.groups_of, self.values.shape
+        numbers = self.values.astype(np.float32, order="C")
+        groups, has_axis = numbers, index is None and inputs % self.group == 0
+        if has_axis:  # nothing is repeated in memory
+            groups = numbers.reshape(outputs, -1, self.group)
+        elif index is None:
+            index = np.arange(inputs) // self.group
+
+        def spread(part: np.ndarray) -> np.ndarray:
+            return part[..., None] if has_axis else part[:, index]
+
+        groups -= np.float32(1 << (self.bits - 1)) if self.zeros is None else spread(self.zeros)
         with np.errstate(all="ignore"):  # of a damaged file: found by those who look for these
-            numbers *= self.scales.astype(np.float32)[:, index]
+            groups *= spread(self.scales.astype(np.float32))
         return numbers
 
     def integers(self, form: HeldFormat) -> Integers:

@@ -63,7 +63,8 @@ def _read_awq(fields: Fields, given: Mapping[str, Any]) -> Packing:
 
 def _read_gptq(fields: Fields, given: Mapping[str, Any]) -> Packing:
     fields.expect("bits", 4, 8)
-    fields.expect("checkpoint_format", "gptq", "gptq_v2")
+    for name in ("checkpoint_format", "format"):  # its name in newer files
+        fields.expect(name, "gptq", "gptq_v2")
     fields.expect("is_marlin_format", False)
     fields.expect("pack_dtype", "int32")
     fields.expect("rotation")
@@ -72,7 +73,8 @@ def _read_gptq(fields: Fields, given: Mapping[str, Any]) -> Packing:
     # Keys that begin with "-:" leave modules out, which is seen in their tensors.
     if not isinstance(dynamic, Mapping) or not all(key.startswith("-:") for key in dynamic):
         raise ValueError(f"{_WHERE}.dynamic is {dynamic!r:.80}, which is not supported")
-    stored = fields.text("checkpoint_format", "gptq")
+    stored = fields.text("checkpoint_format", fields.text("format", "gptq"))
+    fields.expect("format", stored)
     is_symmetric = fields.boolean("sym", True)
     offset = 1 if stored == "gptq" else 0
     return Packing("gptq", fields.integer("bits"), _group(fields), is_symmetric, offset)

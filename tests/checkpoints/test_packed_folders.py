@@ -1,5 +1,6 @@
 """Folders of AWQ, GPTQ and compressed-tensors against the integers that were packed."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,13 +10,15 @@ import pytest
 from checkpoints.held import held_formats, kept_formats
 from checkpoints.hugging_face import HuggingFaceCheckpoint
 from checkpoints.load import load_parameters
+from jaxinfer import models
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
-from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import abstract_parameters, make_mesh
 from jaxinfer.weights import GroupedFormat, Int8Format
 from tests.checkpoints.kept import assert_same, parameters_of, policy
 from tests.checkpoints.packed_folder import AWQ, KINDS, SHUFFLED, Kind, Matrix, write_packed
+from tests.conftest import ManyDevices
 from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
 
@@ -88,19 +91,43 @@ def test_a_last_group_that_is_shorter(tmp_path: Path, kind: Kind) -> None:
     assert_same(parameters_of(checkpoint, CPU_DTYPES), parameters_of(checkpoint, dtypes), made)
 
 
+def tokens_of(path: Path, num_devices: int, keeps: bool) -> list[int]:
+    """What an engine makes of a prompt."""
+    checkpoint = HuggingFaceCheckpoint(path)
+    dtypes = policy(checkpoint) if keeps else CPU_DTYPES
+    mesh = make_mesh(jax.devices()[:num_devices])
+    engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
+    engine.compile()
+    made = quantized_weights(checkpoint.model, dtypes, mesh)
+    abstract = engine.abstract_parameters
+    engine.start(load_parameters(checkpoint, abstract, None, num_devices, made, keeps))
+    return run_all(engine, [Request("a", (3, 5, 7, 4), 24, ignore_eos=True)])["a"]
+
+
 def test_tokens_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     write_packed(tmp_path, "mistral_window_20", AWQ)
+    plain = tokens_of(tmp_path, 1, keeps=False)
+    assert len(set(plain)) > 3
+    assert tokens_of(tmp_path, 1, keeps=True) == plain
+
+
+def test_tokens_on_eight_devices(tmp_path: Path, many_devices: ManyDevices) -> None:
+    """Where heads are repeated and ends padded, and scales are the outputs' own."""
+    write_packed(tmp_path, "qwen3_moe", KINDS["int8"])
+    assert many_devices(tokens_of, tmp_path, 8, True) == tokens_of(tmp_path, 1, keeps=False)
+
+
+def test_another_format_is_made_of_the_numbers(tmp_path: Path) -> None:
+    """As ``--quantize int8`` does it: of matrices that were packed, and of all others."""
+    matrices = write_packed(tmp_path, "mistral_window_20", AWQ)
     checkpoint = HuggingFaceCheckpoint(tmp_path)
-    tokens = []
-    for dtypes in (CPU_DTYPES, policy(checkpoint)):
-        made = quantized_weights(checkpoint.model, dtypes)
-        engine = Engine(checkpoint.model, tiny_config(), dtypes, make_mesh(jax.devices()[:1]))
-        engine.compile()
-        engine.start(
-            load_parameters(
-                checkpoint, engine.abstract_parameters, quantized=made, keeps=bool(made)
-            )
-        )
-        tokens.append(run_all(engine, [Request("a", (3, 5, 7, 4), 24, ignore_eos=True)])["a"])
-    assert tokens[0] == tokens[1]
-    assert len(set(tokens[0])) > 3
+    dtypes = dataclasses.replace(CPU_DTYPES, quantization="int8")
+    made = quantized_weights(checkpoint.model, dtypes)
+    _, state = models.abstract(checkpoint.model, dtypes)
+    abstract = abstract_parameters(state, make_mesh(jax.devices()[:1]))
+    loaded = load_parameters(checkpoint, abstract, quantized=made)
+    path = ("layers", 0, "mlp", "down_proj")
+    arrays = loaded["layers"][0]["mlp"]["down_proj"]
+    numbers = matrices["model.layers.0.mlp.down_proj.weight"].numbers.T
+    error = np.abs(np.asarray(made[path].dequantize(arrays)) - numbers).max(0)
+    assert (error <= np.abs(numbers).max(0) / 254 * 1.001).all()

@@ -50,6 +50,7 @@ GROUP = "config_groups.group_0"
         (AWQ, "group_size", None, "group_size is missing"),
         (GPTQ, "bits", 3, "bits is 3; only 4 or 8"),
         (GPTQ, "checkpoint_format", "marlin", "checkpoint_format is 'marlin'; only 'gptq'"),
+        (GPTQ, "format", "gptq_v2", "format is 'gptq_v2'; only 'gptq' is"),
         (GPTQ, "sym", "yes", "sym must be true or false"),
         (GPTQ, "desc_act", [], "desc_act must be true or false"),
         (GPTQ, "dynamic", {"+:.*": {"bits": 8}}, r"dynamic is \{'\+:"),
@@ -98,6 +99,13 @@ def test_several_kinds_of_one_folder_are_refused() -> None:
         read_packing({"quantization_config": config})
     config = changed(config, "config_groups.b", groups)
     assert read_packing({"quantization_config": config})
+
+
+def test_the_newer_name_of_a_form_of_zero_points() -> None:
+    config = GPTQ.config | {"checkpoint_format": None, "format": "gptq_v2"}
+    packing = read_packing({"quantization_config": config})
+    assert packing is not None
+    assert packing.zero_offset == 0
 
 
 def test_a_configuration_of_the_text_part_counts() -> None:
