@@ -1,25 +1,29 @@
 """A Hugging Face folder as a checkpoint: config.json, safetensors, tokenizer.json.
 
-A tensor or a setting that would change the computation in a way the model does not know is refused,
-never ignored. No code of a folder is run.
+Matrices may be floats, or integers as AWQ, GPTQ or compressed-tensors pack them. A tensor or a
+setting that would change the computation in a way the model does not know is refused, never
+ignored. No code of a folder is run.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from checkpoints.generation_config import read_default_sampling
 from checkpoints.json_file import read_json
+from checkpoints.packed_files import PackedFiles
+from checkpoints.packed_tensors import HeldFormat
 from checkpoints.parameters import tensor_shapes
+from checkpoints.quantization_config import read_packing
 from checkpoints.safetensors_files import SafetensorsFiles
 from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, Place, tensor_places
 from checkpoints.tokenizer_json import read_tokenizer
 from jaxinfer.config import TokenizerJson
 from jaxinfer.models import family, parameter_shapes, read_config
 from jaxinfer.request import SamplingParams
+from jaxinfer.weights import Integers
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -38,13 +42,14 @@ class HuggingFaceCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
-        _refuse_quantized(folder, config)
         try:
+            packing = read_packing(config)
             self.model = read_config(config)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         self._config = config
         self._files = SafetensorsFiles(folder)
+        self._packed = PackedFiles(self._files, packing)
         self._check_counts()
         self._family = family(self.model.architecture)
         is_tied = self.model.tie_word_embeddings
@@ -71,11 +76,45 @@ class HuggingFaceCheckpoint:
         if name not in self._places:
             raise ValueError(f"no tensor {name!r} in {self.path}")
         place = self._places[name]
-        parts = [self._files.read(file_name, place.rows) for file_name in place.names]
+        parts = [self._read(file_name, place) for file_name in place.names]
         tensor = parts[0] if len(self._shapes[name]) < 3 else np.stack(parts)
         if name.endswith("norm") and self._family.norm_offset:
             tensor += np.float32(self._family.norm_offset)
         return tensor
+
+    def held_format(self, name: str) -> HeldFormat | None:
+        """What a tensor's integers can be kept in, None where it is of floats. Canonical names."""
+        place = self._places[name]
+        if not all(self._is_packed(file_name, place) for file_name in place.names):
+            return None
+        forms = {self._packed.held_format(file_name, place.shape) for file_name in place.names}
+        return forms.pop() if len(forms) == 1 else None
+
+    def integers(self, name: str) -> Integers:
+        """A tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
+        place, form = self._places[name], self.held_format(name)
+        assert form is not None
+        parts = [
+            self._packed.read(file_name, place.shape, place.rows).integers(form)
+            for file_name in place.names
+        ]
+        if len(self._shapes[name]) < 3:
+            return parts[0]
+        minimums = [part.minimums for part in parts if part.minimums is not None]
+        return Integers(
+            np.stack([part.values for part in parts]),
+            np.stack([part.scales for part in parts]),
+            np.stack(minimums) if minimums else None,
+        )
+
+    def _is_packed(self, name: str, place: Place) -> bool:
+        return len(place.shape) == 2 and self._packed.holds(name)
+
+    def _read(self, name: str, place: Place) -> np.ndarray:
+        """The rows that are meant of a file's tensor, as float32."""
+        if self._is_packed(name, place):
+            return self._packed.read(name, place.shape, place.rows).dequantized()
+        return self._files.read(name, place.rows)
 
     def _find_places(self) -> dict[str, Place]:
         shapes = self._files.shapes()
@@ -104,6 +143,9 @@ class HuggingFaceCheckpoint:
         found, known = self._files.shapes(), set[str]()
         for place in self._places.values():
             for name in place.names:
+                if self._is_packed(name, place):
+                    known |= self._packed.check(name, place.shape)
+                    continue
                 if name not in found:
                     raise ValueError(f"{self.path}: tensor {name!r} is missing")
                 if found[name] != place.shape:
@@ -119,6 +161,7 @@ class HuggingFaceCheckpoint:
             name
             for name in found.keys() - known
             if not (_IGNORED.fullmatch(name) or (ignored and name.startswith(ignored)))
+            and not self._packed.is_empty_bias(name)
             # Tied, and saved all the same.
             and not (self.model.tie_word_embeddings and name.endswith("lm_head.weight"))
         )
@@ -134,19 +177,9 @@ class HuggingFaceCheckpoint:
         if not self.model.tie_word_embeddings or head is None:
             return
         (embedding,) = self._places["embed_tokens"].names
-        if found[head] == found[embedding] and self._files.are_equal(head, embedding):
+        if found[head] == found.get(embedding) and self._files.are_equal(head, embedding):
             return
         raise ValueError(
             f"{self.path}: {CONFIG} has tie_word_embeddings, but {head!r} is not {embedding!r}: "
             "set it to false if the head counts, or remove that tensor"
-        )
-
-
-def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ValueError(
-            f"{folder / CONFIG}: weights quantized by {method or quantization!r:.40} are not "
-            f"supported: give the model they were made of, or a GGUF file"
         )

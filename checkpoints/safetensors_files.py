@@ -51,6 +51,10 @@ class SafetensorsFiles:
         """The shape of every tensor by its name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def dtype(self, name: str) -> str:
+        """What a tensor is of, as the format calls it."""
+        return self._tensors[name].dtype
+
     def check_dtype(self, name: str) -> None:
         """Raises ``ValueError`` for a tensor that cannot be read: of other numbers than floats."""
         dtype = self._tensors[name].dtype
@@ -66,6 +70,10 @@ class SafetensorsFiles:
         if rows == slice(0, tensor.shape[0]):
             return tensor.file.get_tensor(name).astype(np.float32)
         return tensor.file.get_slice(name)[rows].astype(np.float32)
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """A whole tensor in the dtype it has."""
+        return self._tensors[name].file.get_tensor(name)
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors of one shape have the same numbers; a part at a time is read."""

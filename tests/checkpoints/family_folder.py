@@ -4,7 +4,7 @@ Names and fields are those that transformers saved, see tests/data/make_family_r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ def write_folder(
     prefix: str = "",
     changes: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """A folder with config.json and tensors, in ``num_files`` files with an index or in one.
 
-    ``changes`` are of the configuration; ``extra`` tensors come on top.
+    ``changes`` are of the configuration; ``extra`` tensors come on top, and those in
+    ``without`` do not come.
     """
     folder.mkdir(exist_ok=True)
     config = {**CASES[case]["config"], **(changes or {})}
@@ -38,6 +40,7 @@ def write_folder(
     tensors = {
         prefix + name: draw(case, name, tuple(shape)).astype(DTYPES[dtype])
         for name, shape in CASES[case]["tensors"].items()
+        if name not in without
     }
     tensors |= extra or {}
     if num_files == 1:

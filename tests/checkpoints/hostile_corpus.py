@@ -16,6 +16,7 @@ from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, ten
 from jaxinfer.models import family, parameter_shapes, read_config
 from tests.checkpoints import tiny_gguf
 from tests.checkpoints.family_folder import write_tokenizer
+from tests.checkpoints.packed_folder import GPTQ, write_packed
 from tests.checkpoints.tiny_gguf import ARRAY, BOOL, FLOAT32, INT32, Q4_0, STRING, UINT16, UINT32
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + m.content | trim }}{% endfor %}"
@@ -139,6 +140,14 @@ def write_sentence_piece_folder(folder: Path) -> None:
     tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def write_packed_folder(folder: Path) -> None:
+    """A Mistral packed as GPTQ does it, with groups of inputs that are apart in one matrix."""
+    groups_of = np.arange(96, dtype=np.int32) % 3
+    name = "model.layers.0.self_attn.q_proj.g_idx"
+    write_packed(folder, "mistral_window_20", GPTQ, tensors={name: groups_of})
+    write_tokenizer(folder, 97)
 
 
 def write_converted(folder: Path) -> None:

@@ -1,8 +1,6 @@
 """Checkpoints of integers, kept as they are: the same model, in fewer bytes."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import gguf
 import jax
@@ -12,14 +10,13 @@ import pytest
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.held import held_formats
 from checkpoints.load import load_parameters
-from jaxinfer import models
-from jaxinfer.config import KEPT, DtypePolicy
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
-from jaxinfer.sharding import abstract_parameters, make_mesh
+from jaxinfer.sharding import make_mesh
 from jaxinfer.weights import GroupedFormat
 from tests.checkpoints.family_gguf import write_gguf
+from tests.checkpoints.kept import assert_same, parameters_of, policy
 from tests.checkpoints.tiny_gguf import (
     CONFIG,
     Q4_0,
@@ -34,29 +31,6 @@ from tests.data.random_llama import draw_weights
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
 
 KINDS = gguf.GGMLQuantizationType
-
-
-def policy(checkpoint: GGUFCheckpoint) -> DtypePolicy:
-    forms = held_formats(checkpoint)
-    return dataclasses.replace(CPU_DTYPES, quantization=KEPT, matrix_formats=forms)
-
-
-def parameters_of(checkpoint: GGUFCheckpoint, dtypes: DtypePolicy) -> dict[Any, Any]:
-    _, state = models.abstract(checkpoint.model, dtypes)
-    abstract = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
-    made = quantized_weights(checkpoint.model, dtypes)
-    return load_parameters(checkpoint, abstract, quantized=made, keeps=bool(made))
-
-
-def assert_same(plain: Any, kept: Any, made: Any, path: tuple[Any, ...] = ()) -> None:
-    """Every matrix stands for the numbers of the plain one."""
-    if path in made:
-        np.testing.assert_array_equal(made[path].dequantize(kept), plain, err_msg=str(path))
-    elif isinstance(plain, dict):
-        for key, value in plain.items():
-            assert_same(value, kept[key], made, (*path, key))
-    else:
-        np.testing.assert_array_equal(kept, plain)
 
 
 @pytest.mark.parametrize("kind", [KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q5_0, KINDS.Q5_1])

@@ -167,19 +167,22 @@ def text_mutations(case: Case) -> st.SearchStrategy[Mutation]:
 
 G, S, T = gguf_mutations, safetensors_mutations, text_mutations
 folders, pieces = corpus.write_folder, corpus.write_sentence_piece_folder
+packed = corpus.write_packed_folder
 CASES: dict[str, tuple[int, Callable[[Path], Case], Callable[[Case], Any]]] = {
     "llama": (250, lambda f: gguf_case(corpus.write_sentence_piece_llama, f), G),
     "qwen2": (250, lambda f: gguf_case(corpus.write_byte_level_qwen2, f), G),
     "experts": (200, lambda f: gguf_case(corpus.write_mixture, f), G),
     "shard 1": (150, lambda f: shard_case(1, f), G),
     "shard 2": (100, lambda f: shard_case(2, f), G),
-    "safetensors": (150, lambda f: folder_case(folders, "model.safetensors", f), S),
+    "safetensors": (100, lambda f: folder_case(folders, "model.safetensors", f), S),
     "index": (
         80,
         lambda f: folder_case(folders, "model.safetensors.index.json", f, num_files=2),
         T,
     ),
-    "config": (180, lambda f: folder_case(folders, "config.json", f), T),
+    "config": (130, lambda f: folder_case(folders, "config.json", f), T),
+    "packed safetensors": (50, lambda f: folder_case(packed, "model.safetensors", f), S),
+    "packed config": (50, lambda f: folder_case(packed, "config.json", f), T),
     "experts' config": (120, lambda f: folder_case(folders, "config.json", f, has_experts=True), T),
     "tokenizer": (150, lambda f: folder_case(folders, "tokenizer.json", f), T),
     "sentence piece": (150, lambda f: folder_case(pieces, "tokenizer.json", f), T),
