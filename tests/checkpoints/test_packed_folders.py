@@ -7,15 +7,20 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints.convert import convert
 from checkpoints.held import held_formats, kept_formats
 from checkpoints.hugging_face import HuggingFaceCheckpoint
 from checkpoints.load import load_parameters
+from checkpoints.orbax import OrbaxCheckpoint
+from checkpoints.quantization import Quantization
 from jaxinfer import models
+from jaxinfer.config import KEPT
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from jaxinfer.weights import GroupedFormat, Int8Format
+from tests.checkpoints.family_folder import write_tokenizer
 from tests.checkpoints.kept import assert_same, parameters_of, policy
 from tests.checkpoints.packed_folder import AWQ, KINDS, SHUFFLED, Kind, Matrix, write_packed
 from tests.conftest import ManyDevices
@@ -131,3 +136,18 @@ def test_another_format_is_made_of_the_numbers(tmp_path: Path) -> None:
     numbers = matrices["model.layers.0.mlp.down_proj.weight"].numbers.T
     error = np.abs(np.asarray(made[path].dequantize(arrays)) - numbers).max(0)
     assert (error <= np.abs(numbers).max(0) / 254 * 1.001).all()
+
+
+def test_integers_are_converted(tmp_path: Path) -> None:
+    write_packed(tmp_path / "packed", "phi3", AWQ)
+    write_tokenizer(tmp_path / "packed", 97)
+    source = HuggingFaceCheckpoint(tmp_path / "packed")
+    quantization = Quantization(KEPT, kept_formats("it", source))
+    convert(source, tmp_path / "converted", np.dtype(np.float32), {}, None, quantization)
+    checkpoint, dtypes = OrbaxCheckpoint(tmp_path / "converted"), quantization.policy
+    _, state = models.abstract(source.model, dtypes)
+    abstract = abstract_parameters(state, make_mesh(jax.devices()[:1]))
+    made = quantized_weights(source.model, dtypes)
+    found = load_parameters(checkpoint, abstract, quantized=made)
+    wanted = load_parameters(source, abstract, quantized=made, keeps=True)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
