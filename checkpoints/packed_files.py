@@ -183,7 +183,7 @@ class PackedFiles:
             case "awq":
                 return unpack_words(stored, packing.bits, AWQ_ORDER)[:, :outputs].T
             case "gptq":
-                # Modulo what the bits have, as AutoGPTQ's own product does.
+                # Modulo what the bits have: a zero point of 0 less 1 is all ones.
                 mask = np.uint8((1 << packing.bits) - 1)
                 zeros = unpack_words(stored, packing.bits)[:, :outputs].T
                 return (zeros + np.uint8(packing.zero_offset)) & mask

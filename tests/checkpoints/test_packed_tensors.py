@@ -108,3 +108,16 @@ def test_formats() -> None:
     )
     assert kept_format(4, 96, 4096, False, "float16") == GroupedFormat(4, 32)
     assert kept_format(4, 12, 4096, False, "float16") is None
+
+
+def test_a_stored_zero_point_of_all_ones_is_none(tmp_path: Path) -> None:
+    """GPTQ stores z - 1: of 0, in 4 bits, 15."""
+    case = CASES["gptq asymmetric"]
+    tensors = {f"m.{part}": decoded(array).copy() for part, array in case["tensors"].items()}
+    tensors["m.qzeros"][:] = -1
+    save_file(tensors, tmp_path / "model.safetensors")
+    packing = read_packing({"quantization_config": case["config"]})
+    packed = PackedFiles(SafetensorsFiles(tmp_path), packing)
+    zeros = packed.read("m.weight", decoded(case["numbers"]).shape, slice(None)).zeros
+    assert zeros is not None
+    assert not zeros.any()

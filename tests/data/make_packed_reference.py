@@ -2,7 +2,7 @@
 """Asks compressed-tensors and auto-round for small random matrices, packed and as floats.
 
 Writes packed_reference.json. Needs, in an environment of its own, torch 2.13, compressed-tensors
-0.20 and auto-round 0.16, which packs AWQ and GPTQ with copies of AutoAWQ's and AutoGPTQ's code:
+0.20 and auto-round 0.16, which packs AWQ and GPTQ as AutoAWQ and AutoGPTQ do:
 
     python tests/data/make_packed_reference.py
 """
@@ -66,7 +66,7 @@ def compressed(name: str, bits: int, group: int | None, is_symmetric: bool) -> d
 
 
 def awq(group: int) -> dict[str, Any]:
-    """A case of AutoAWQ's module."""
+    """A case of AWQ."""
     weight, scales, zeros = matrix(4, group, False)
     linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
     linear.weight.data = weight
@@ -78,7 +78,7 @@ def awq(group: int) -> dict[str, Any]:
 
 
 def gptq(bits: int, group: int, is_symmetric: bool) -> dict[str, Any]:
-    """A case of AutoGPTQ's module; its product with the unit matrix are its numbers."""
+    """A case of GPTQ; the module's product with the unit matrix are its numbers."""
     weight, scales, zeros = matrix(bits, group, is_symmetric)
     linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
     linear.weight.data = weight
