@@ -123,7 +123,7 @@ class Probe:
 
     def pages(self) -> list[np.ndarray]:
         """Keys and values of slot 0's first 176 tokens (whole pages), by layer."""
-        return [np.asarray(pages[:11]) for layer in self.state.kv_pages for pages in layer]
+        return [np.asarray(pages[:11]) for pages in jax.tree.leaves(self.state.kv_pages)]
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def test_the_backend_decides_how_pages_lie() -> None:
         abstract_kv_pages(model, 10, 16, "float32", mesh, backend)
         for backend in (None, "tpu", "reference")
     )
-    assert [leaf.shape for leaf in plain] == [(10, 2, 8, 16), (10, 2, 16, 8)]
+    assert [leaf.shape for leaf in jax.tree.leaves(plain)] == [(10, 2, 8, 16), (10, 2, 16, 8)]
     assert type(plain) is not type(logical)
     assert packed.pages.shape == (10, 2, 16, 128)  # key and value of a head share 128 lanes
     # Small heads do not fill the lanes, and that is counted.
