@@ -170,9 +170,7 @@ def _compare(
 
 def _rates(variant: LoadedModel) -> dict[str, float]:
     """Decoded tokens a second, by the number of sequences."""
-    most, page_size = max(BATCHES), variant.engine_config.page_size
-    num_pages = most * -(-(PROMPT_TOKENS + NEW_TOKENS) // page_size)
-    engine = new_engine(variant, max_num_seqs=most, num_pages=num_pages)
+    engine = new_engine(variant, max_num_seqs=max(BATCHES))
     rates = {}
     for size in BATCHES:
         prompts = random_prompts(variant.model.vocab_size, [PROMPT_TOKENS] * size)
