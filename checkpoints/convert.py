@@ -2,7 +2,7 @@
 
 import datetime
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from checkpoints.orbax import write_checkpoint
 from checkpoints.parameters import ParameterPath
 from checkpoints.quantization import PLAIN, Quantization
 from checkpoints.shard_name import with_later_shards
+from jaxinfer.calibration import Calibration, calibrate
 from jaxinfer.config import KEPT
 from jaxinfer.models import parameter_shapes, quantized_weights
 
@@ -32,26 +33,39 @@ def convert(
     provenance: dict[str, Any],
     progress: Progress | None = None,
     quantization: Quantization = PLAIN,
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes ``checkpoint`` as a converted folder with parameters in ``dtype``.
 
-    Matrices are in the formats of ``quantization``. The host holds all parameters meanwhile.
-    ``progress(done, total)`` counts them. Raises ``ValueError`` for values that are not finite, in
-    ``dtype`` too, and where ``folder`` exists.
+    Matrices are in the formats of ``quantization``, rounded with ``calibration`` in view where it
+    is given. The host holds all parameters meanwhile. ``progress(done, total)`` counts them, in a
+    calibration layers afterwards. Raises ``ValueError`` for values that are not finite, in
+    ``dtype`` too, for what cannot be calibrated, and where ``folder`` exists.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     quantized = quantized_weights(model, quantization.policy)
-    maker = Maker(checkpoint, quantized, keeps=quantization.name == KEPT)
+    keeps = quantization.name == KEPT
+    maker = Maker(checkpoint, {} if calibration else quantized, keeps)
 
     def make(path: ParameterPath) -> Any:
-        made = maker.make(path, dtype)
-        if isinstance(made, np.ndarray) and not np.isfinite(made).all():
-            raise ValueError(f"parameter {path} has values that are not finite in {dtype.name}")
-        return made
+        return maker.make(path, np.dtype(np.float32) if calibration else dtype)
 
     parameters = make_all(make, parameter_shapes(model), progress)
+    if calibration is not None:
+        parameters = calibrate(model, parameters, quantized, calibration, progress)
+    for path, made in parameters.items():
+        if not isinstance(made, Mapping):
+            parameters[path] = _in_dtype(path, made, dtype)
     sampling = checkpoint.default_sampling
     write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance, quantization)
+
+
+def _in_dtype(path: ParameterPath, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"parameter {path} has values that are not finite in {dtype.name}")
+    return array
 
 
 def provenance(source: str, path: Path, dtype: np.dtype, progress: Progress | None = None):

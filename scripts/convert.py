@@ -18,6 +18,7 @@ from scripts.entry import run_main  # before all others: see there
 # isort: split
 
 import argparse
+import hashlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # everything happens on the host
@@ -30,8 +31,11 @@ from checkpoints.held import QUANTIZATIONS, kept_formats
 from checkpoints.load import TensorCheckpoint, open_checkpoint
 from checkpoints.orbax import OrbaxCheckpoint
 from checkpoints.quantization import PLAIN, Quantization
+from jaxinfer.calibration import CALIBRATED, METHODS, WINDOW, Calibration
 from jaxinfer.config import KEPT
 from scripts.phases import Phases
+from scripts.text_file import read_text
+from serving.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -42,6 +46,7 @@ def main() -> None:
 def convert_model() -> None:
     """Fetches, opens, makes all parameters and writes them."""
     options = parse_arguments()
+    text = _calibration_text(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
     folder = Path(options.out)
@@ -54,14 +59,41 @@ def convert_model() -> None:
     if isinstance(checkpoint, OrbaxCheckpoint):
         raise ValueError(f"{path} has been converted already")
     dtype, quantization = np.dtype(options.dtype), _quantization(options, checkpoint)
+    calibration = None
+    if text is not None:
+        token_ids = Tokenizer(checkpoint.tokenizer).encode(text, add_special_tokens=False)
+        calibration = Calibration(options.calibrate, token_ids[: options.calibration_tokens])
     with phases.phase("hash", unit="B") as progress:
         origin = provenance(options.model, path, dtype, progress)
+        if text is not None and calibration is not None:
+            origin["calibration"] = {
+                "method": calibration.method,
+                "tokens": len(calibration.token_ids),
+                "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            }
     with phases.phase("convert", unit="tensors") as progress:
-        convert(checkpoint, folder, dtype, origin, progress, quantization)
+        convert(checkpoint, folder, dtype, origin, progress, quantization, calibration)
     phases.print_table()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     kind = quantization.name or dtype.name
     print(f"{folder}: {size / 2**20:.0f} MiB in {kind}; use it with --model {folder}")
+
+
+def _calibration_text(options: argparse.Namespace) -> str | None:
+    """Read before anything is fetched, since a wrong path is the likeliest mistake."""
+    if (options.calibrate is None) != (options.calibration_text is None):
+        raise ValueError("--calibrate and --calibration-text are given together")
+    if options.calibrate is None:
+        return None
+    if options.quantize not in CALIBRATED:
+        raise ValueError(
+            f"--calibrate is for --quantize {', '.join(CALIBRATED)}, not {options.quantize}"
+        )
+    if options.calibration_tokens < WINDOW:
+        raise ValueError(
+            f"--calibration-tokens must be at least {WINDOW}, got {options.calibration_tokens}"
+        )
+    return read_text(options.calibration_text)
 
 
 def _quantization(options: argparse.Namespace, checkpoint: TensorCheckpoint) -> Quantization:
@@ -92,6 +124,20 @@ def parse_arguments() -> argparse.Namespace:
         default="none",
         help="what matrices are rounded to, or checkpoint for the integers that it holds, as for "
         "serve.py (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        choices=METHODS,
+        help="round to 4 bits with a text in view: gptq makes up for the error of each rounding, "
+        "awq scales inputs that come large, awq-gptq does both (default: to the nearest)",
+    )
+    parser.add_argument("--calibration-text", help="a UTF-8 file like what the model is to read")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="the text's first N tokens are looked at (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser.parse_args()

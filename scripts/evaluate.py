@@ -26,9 +26,8 @@ from jaxinfer.request import Request
 from scripts.assembly import LoadedModel, add_engine_options, largest_shape, load_model
 from scripts.measuring import describe
 from scripts.phases import Phases
+from scripts.text_file import read_text
 from scripts.weight_formats import KV_FORMATS, compare_formats, format_table
-
-MAX_TEXT_BYTES = 256 << 20
 
 
 def main() -> None:
@@ -39,13 +38,7 @@ def main() -> None:
 def evaluate() -> None:
     """Prints tokens, mean negative log-likelihood (nats a predicted token) and perplexity."""
     options = parse_arguments()
-    size = Path(options.text).stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{options.text} has {size} bytes, more than {MAX_TEXT_BYTES}")
-    try:
-        text = Path(options.text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.text} is not UTF-8: {error}") from error
+    text = read_text(options.text)
     phases = Phases(STARTED, quiet=options.json or options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
     loaded = load_model(options, phases, largest_shape)

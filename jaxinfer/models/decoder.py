@@ -3,7 +3,8 @@
 A family's file says what its layers are. Axis letters: T rows, R logits rows, E embed, V vocab.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxinfer.models import layers
 from jaxinfer.models.attention import Attention
 from jaxinfer.models.rotary import RopeTables, rope_tables
 from jaxinfer.sharding import num_tensor_devices, physical_model
+from jaxinfer.weights import MatrixPath
 from pallas_kernels.ragged_paged_attention import KVPages, RaggedBatch
 
 
@@ -26,6 +28,12 @@ class PreNormLayer(nnx.Module):
     and write the residual stream, which every device holds whole: the sums at the end of attention
     and MLP are the layer's only exchanges.
     """
+
+    # Matrices whose inputs come from a norm, and which: a factor can move from one to the other.
+    norms: ClassVar[Mapping[MatrixPath, str]] = {
+        ("attention", "qkv"): "input_norm",
+        ("mlp", "gate_up"): "post_attention_norm",
+    }
 
     def __init__(self, model: ModelConfig, attention: Attention, mlp: nnx.Module) -> None:
         self.epsilon = model.rms_norm_eps
@@ -86,18 +94,12 @@ class Decoder(nnx.Module):
         self, token_ids: jax.Array, kv_pages: tuple[KVPages, ...], batch: RaggedBatch
     ) -> tuple[jax.Array, tuple[KVPages, ...]]:
         """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included."""
-        x = self._embed(token_ids)
-        positions = batch.positions()
-        tables = {
-            is_local: rope_tables(positions, self.model, is_local)
-            for is_local in {self._is_local(layer) for layer in range(len(self.layers))}
-        }
+        x, ropes = self.embed(token_ids), self.ropes(batch.positions())
         written = []
-        for number, (layer, pages) in enumerate(zip(self.layers, kv_pages, strict=True)):
-            rope = tables[self._is_local(number)]
+        for layer, rope, pages in zip(self.layers, ropes, kv_pages, strict=True):
             x, pages = layers.traced_once(layer, x, rope, pages, batch)
             written.append(pages)
-        return layers.rms_norm(x, self.norm[...], self.model.rms_norm_eps), tuple(written)
+        return self.normed(x), tuple(written)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> [R, V] float32, whole on every device."""
@@ -108,7 +110,8 @@ class Decoder(nnx.Module):
         logits = layers.gathered(logits, (None, "vocab"), self.mesh)
         return logits[:, : self.model.vocab_size]
 
-    def _embed(self, token_ids: jax.Array) -> jax.Array:
+    def embed(self, token_ids: jax.Array) -> jax.Array:
+        """[T] -> [T, E], what the first layer gets."""
         if self.model.tie_word_embeddings:
             x = weights.outputs(weights.matrix(self.lm_head), token_ids, axis=1)
         else:
@@ -119,6 +122,16 @@ class Decoder(nnx.Module):
         # Rounded to the activations' dtype first, as the checkpoints were trained.
         return x * jnp.asarray(self.embedding_scale, x.dtype)
 
-    def _is_local(self, layer: int) -> bool:
-        """Whether a layer rotates by angles of its own."""
-        return self.model.local_rope_theta is not None and self.model.window(layer) is not None
+    def ropes(self, positions: jax.Array) -> list[RopeTables]:
+        """Of ``positions`` [T], for every layer; some layers rotate by angles of their own."""
+        model = self.model
+        is_local = [
+            model.local_rope_theta is not None and model.window(layer) is not None
+            for layer in range(len(self.layers))
+        ]
+        tables = {local: rope_tables(positions, model, local) for local in set(is_local)}
+        return [tables[local] for local in is_local]
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """[T, E] -> [T, E]: what the last layer made, as the head gets it."""
+        return layers.rms_norm(x, self.norm[...], self.model.rms_norm_eps)

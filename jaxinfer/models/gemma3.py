@@ -6,7 +6,7 @@ Of the models that see images too, the text part.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -20,11 +20,17 @@ from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import GatedMLP
 from jaxinfer.models.fields import Fields, common_fields, rope_scaling, window_fields
 from jaxinfer.models.rotary import RopeTables
+from jaxinfer.weights import MatrixPath
 from pallas_kernels.ragged_paged_attention import KVPages, RaggedBatch
 
 
 class SandwichLayer(nnx.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    norms: ClassVar[Mapping[MatrixPath, str]] = {
+        ("attention", "qkv"): "input_norm",
+        ("mlp", "gate_up"): "pre_feedforward_norm",
+    }
 
     def __init__(self, model: ModelConfig, attention: Attention, mlp: GatedMLP) -> None:
         self.epsilon = model.rms_norm_eps

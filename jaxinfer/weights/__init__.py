@@ -28,11 +28,12 @@ from jaxinfer.weights.formats import (
 from jaxinfer.weights.grouped import GroupedMatrix, GroupedWeight
 from jaxinfer.weights.int8 import Int8Matrix, Int8Weight
 from jaxinfer.weights.integers import Integers
+from jaxinfer.weights.recorded import RecordedMatrix, float_product
 
 __all__ = ["FORMATS", "Format", "GroupedFormat", "Int8Format", "Integers", "MatrixPath"]
 __all__ += ["QuantizedWeight", "Weight", "check_device", "declare", "grouped_product", "matrix"]
 __all__ += ["multiplies_floats", "outputs", "parse_format", "product", "quantize_module"]
-__all__ += ["Float8Format", "quantized_weights"]
+__all__ += ["Float8Format", "quantized_weights", "record_rows"]
 
 QuantizedWeight = Int8Weight | GroupedWeight | Float8Weight
 QuantizedMatrix = Int8Matrix | GroupedMatrix | Float8Matrix
@@ -109,6 +110,19 @@ def quantized_weights(module: Any) -> dict[MatrixPath, QuantizedWeight]:
     }
 
 
+def record_rows(module: Any) -> dict[MatrixPath, list[jax.Array]]:
+    """The rows [T, I] that the declared matrices of ``module`` are multiplied with from now on.
+
+    For one call within one trace. Matrices of experts, whose rows are not the batch's, are left.
+    """
+    recorded: dict[MatrixPath, list[jax.Array]] = {}
+    for path, owner, name, declared in list(_declared(module)):
+        if declared.get_metadata()["inputs"][0] == 0:
+            rows = recorded.setdefault((*path, name), [])
+            setattr(owner, name, RecordedMatrix(declared[...], rows))
+    return recorded
+
+
 def _plain(path: tuple[Any, ...]) -> MatrixPath:
     return path
 
@@ -123,14 +137,14 @@ def multiplies_floats(dtypes: DtypePolicy) -> bool:
 
 def matrix(weight: Weight) -> Matrix:
     """The arrays of a declared matrix, to multiply with."""
-    return weight.matrix if isinstance(weight, QuantizedWeight) else weight[...]
+    return weight.matrix if isinstance(weight, QuantizedWeight | RecordedMatrix) else weight[...]
 
 
 def product(inputs: jax.Array, matrix: Matrix) -> jax.Array:
     """[T, I...] times a matrix [I..., O...]: [T, O...] float32."""
-    if isinstance(matrix, QuantizedMatrix):
+    if isinstance(matrix, QuantizedMatrix | RecordedMatrix):
         return matrix.product(inputs)
-    return jnp.tensordot(inputs, matrix, inputs.ndim - 1, preferred_element_type=jnp.float32)
+    return float_product(inputs, matrix)
 
 
 def grouped_product(rows: jax.Array, matrices: Matrix, sizes: jax.Array) -> jax.Array:

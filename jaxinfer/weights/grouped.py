@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxinfer.weights.formats import GROUPS, GroupedFormat
 from jaxinfer.weights.integers import Integers
+from jaxinfer.weights.rounding import nearest, steps_of_groups
 from jaxinfer.weights.split import split_product
 from pallas_kernels.quantized_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul.nibbles import pack_nibbles, unpack_nibbles
@@ -67,34 +68,9 @@ class GroupedWeight(nnx.Module):
 
     def quantize(self, matrix: Array) -> Mapping[str, Any]:
         """The arrays of a matrix, numpy's for numpy's; to the nearest."""
-        numpy: Any = np if isinstance(matrix, np.ndarray) else jnp
-        groups = self._in_groups(matrix).astype(numpy.float32)
-        over, form = self.axis + 1, self.form
-        largest = numpy.float32(numpy.finfo(form.scales).max)
-
-        def rounded(scales: Any) -> Any:
-            return numpy.clip(scales, -largest, largest).astype(form.scales)
-
-        minimums: Any = None
-        if form.minimums is not None:
-            lowest = numpy.min(groups, axis=over, keepdims=True)
-            levels = 15 if form.bits == 4 else 127
-            scales = rounded((numpy.max(groups, axis=over, keepdims=True) - lowest) / levels)
-            minimums = rounded(lowest).astype(form.minimums)
-            shifted = groups - minimums.astype(numpy.float32)
-            low, high = 0, levels
-        elif form.bits == 4:
-            # The number of the largest magnitude, with its sign, is -8 of them: kept as it is.
-            low_end = numpy.min(groups, axis=over, keepdims=True)
-            high_end = numpy.max(groups, axis=over, keepdims=True)
-            extreme = numpy.where(-low_end >= high_end, low_end, high_end)
-            scales, shifted, (low, high) = rounded(extreme / -8), groups, (-8, 7)
-        else:
-            extreme = numpy.max(numpy.abs(groups), axis=over, keepdims=True)
-            scales, shifted, (low, high) = rounded(extreme / 127), groups, (-127, 127)
-        steps = scales.astype(numpy.float32)
-        integers = numpy.clip(numpy.round(shifted / numpy.where(steps == 0, 1, steps)), low, high)
-        return self._arrays(integers.astype(numpy.int8), scales, minimums)
+        groups = self.in_groups(matrix)
+        scales, minimums = steps_of_groups(groups, self.form, self.axis + 1)
+        return self.arrays(nearest(groups, scales, minimums, self.form), scales, minimums)
 
     def dequantize(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """The matrix that the arrays stand for, in float32 and its own axes."""
@@ -110,8 +86,8 @@ class GroupedWeight(nnx.Module):
         minimums = parts.minimums
         if self.form.minimums is not None and minimums is None:
             minimums = np.zeros_like(parts.scales)
-        return self._arrays(
-            self._in_groups(parts.values),
+        return self.arrays(
+            self.in_groups(parts.values),
             parts.scales.astype(self.form.scales),
             None if minimums is None else minimums.astype(self.form.minimums or "float16"),
         )
@@ -136,12 +112,15 @@ class GroupedWeight(nnx.Module):
         axes = self.values.get_metadata()["out_sharding"]
         return GroupedMatrix(values, self.scales[...], minimums, axes, num_behind, self.merged)
 
-    def _in_groups(self, array: Array) -> Any:
+    def in_groups(self, array: Array) -> Any:
         """[..., I..., O...] -> [..., I/G, G, O...]."""
         before, after = array.shape[: self.axis], array.shape[self.inputs[-1] + 1 :]
         return array.reshape(*before, -1, self.form.group, *after)
 
-    def _arrays(self, groups: Any, scales: Any, minimums: Any) -> dict[str, Any]:
+    def arrays(self, groups: Any, scales: Any, minimums: Any) -> dict[str, Any]:
+        """What is held of integers [..., I/G, G, O...], their scales and minimums [..., I/G, 1,
+        O...].
+        """
         axis, form = self.axis, self.form
         before, after = groups.shape[:axis], groups.shape[axis + 2 :]
         if self.merged:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,14 +57,14 @@ def test_what_is_wrong_is_said_in_one_line(run: Run, folder: Path) -> None:
     assert error.startswith(f"error: {folder}: neither config.json (a Hugging Face folder) nor")
 
 
-def test_a_converted_folder_gives_the_same_tokens(
-    run: Run,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def convert(*arguments: str) -> str:
+Convert = Callable[..., str]
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """What convert.py prints, or the line it ends with."""
+
+    def call(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["convert", *arguments])
         try:
             importlib.import_module("scripts.convert").main()
@@ -71,6 +72,64 @@ def test_a_converted_folder_gives_the_same_tokens(
             return str(exit_.code)
         return capsys.readouterr().out
 
+    return call
+
+
+def test_a_folder_is_calibrated(run: Run, folder: Path, tmp_path: Path, convert: Convert) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ab c " * 400)
+    flags = ["--quantize", "int4", "--calibrate", "gptq", "--calibration-text", str(text)]
+    said = convert(str(folder), str(tmp_path / "gptq"), "--quiet", *flags)
+    assert said.endswith(f" MiB in int4; use it with --model {tmp_path / 'gptq'}\n")
+    description = json.loads((tmp_path / "gptq" / "jaxinfer.json").read_text())
+    assert description["provenance"]["calibration"]["method"] == "gptq"
+    assert description["provenance"]["calibration"]["tokens"] > 512
+    plain = convert(str(folder), str(tmp_path / "plain"), "--quiet", "--quantize", "int4")
+    assert "in int4" in plain
+    arguments = ["--json", "--max-tokens", "16", "--ignore-eos", "ab c"]
+    for name in ("gptq", "plain"):
+        result = run("generate", *arguments, model=str(tmp_path / name))
+        assert len(result.lines[0]["token_ids"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--calibrate", "gptq"], "--calibrate and --calibration-text are given together"),
+        (["--calibration-text", "x"], "--calibrate and --calibration-text are given together"),
+        (
+            ["--calibrate", "awq", "--calibration-text", "x"],
+            "--calibrate is for --quantize int4, int4-64, int4-128, int4-symmetric, "
+            "int4-symmetric-64, int4-symmetric-128, not none",
+        ),
+        (
+            [
+                "--calibrate",
+                "awq",
+                "--calibration-text",
+                "x",
+                "--quantize",
+                "int4",
+                "--calibration-tokens",
+                "5",
+            ],
+            "--calibration-tokens must be at least 512, got 5",
+        ),
+        (
+            ["--calibrate", "awq", "--calibration-text", "/no/file", "--quantize", "int4"],
+            "[Errno 2] No such file or directory: '/no/file'",
+        ),
+    ],
+)
+def test_what_cannot_be_calibrated_is_said_before_anything_is_done(
+    flags: list[str], error: str, tmp_path: Path, convert: Convert
+) -> None:
+    assert convert("no-such-model", str(tmp_path / "out"), *flags) == f"error: {error}"
+
+
+def test_a_converted_folder_gives_the_same_tokens(
+    run: Run, folder: Path, tmp_path: Path, convert: Convert
+) -> None:
     (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
     out = tmp_path / "converted"
     said = convert(str(folder), str(out), "--quiet")
