@@ -118,7 +118,8 @@ def test_factors_change_no_result(case: str, monkeypatch: pytest.MonkeyPatch) ->
         path: jnp.asarray(a) for path, a in calibration._flat(nnx.to_pure_dict(state)).items()
     }
     changed = dict(scaled)
-    calibration._scale_inputs(layer.norms, dict.fromkeys(scaled), changed, dict(rows))
+    undeclared: Any = dict.fromkeys(scaled)
+    calibration._scale_inputs(layer.norms, undeclared, changed, dict(rows))
     after, _ = calibration._run(layer_graph, calibration._nested(changed), *inputs)
     np.testing.assert_allclose(np.asarray(after), np.asarray(before), rtol=2e-4, atol=2e-4)
     num_changed = sum(bool(jnp.any(changed[path] != scaled[path])) for path in scaled)
