@@ -20,15 +20,24 @@ MAX_ENDING_TOKENS = int(LIMITS["num_ending_token_ids"].high)
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a step program is compiled for: rows are padded up to these."""
+    """What a step program is compiled for: rows are padded up to these.
+
+    With ``num_drafts`` K a decode has K + 1 rows, its own and those of guesses to be verified.
+    """
 
     num_decodes: int
     num_tiles: int
+    num_drafts: int = 0
+
+    @property
+    def num_decode_rows(self) -> int:
+        """Rows of all decodes, which come first."""
+        return self.num_decodes * (self.num_drafts + 1)
 
     @property
     def num_logits_rows(self) -> int:
-        """R: one row a decode and one a tile, since a chunk that samples ends some tile."""
-        return self.num_decodes + self.num_tiles
+        """R: all of decodes and one a tile, since a chunk that samples ends some tile."""
+        return self.num_decode_rows + self.num_tiles
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +78,8 @@ class Batch:
     slots: SlotColumns
     num_steps: jax.Array  # [] int32, how many steps a call without chunks may run
     decode_slots: jax.Array  # [D] int32
+    max_tokens: jax.Array  # [D] int32, how many tokens the call may yield at most
+    max_drafts: jax.Array  # [D] int32, how many guesses of a step are verified at most
     chunk_slots: jax.Array  # [N] int32
     chunk_starts: jax.Array  # [N] int32, position of the tile's first token
     chunk_lens: jax.Array  # [N] int32
@@ -79,28 +90,39 @@ class Batch:
 
 
 def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
-    """The shapes that are compiled, at most ten, smallest first.
+    """The shapes that are compiled, smallest first; at most ten without drafts.
 
     At least 8 decode rows, padding included: matrix products with fewer rows take another code
-    path on XLA:CPU, and a row's bits would depend on how many neighbours it has.
+    path on XLA:CPU, and a row's bits would depend on how many neighbours it has. So the guesses of
+    a single sequence may take the place of padding, and cost nothing.
     """
     most = -(-config.max_num_seqs // 8) * 8
     decodes = [8] if most == 8 else [8, most]
-    return tuple(BatchShape(rows, count) for rows in decodes for count in (0, *config.tile_counts))
+    counts = (0, *config.tile_counts)
+    plain = [BatchShape(rows, count) for rows in decodes for count in counts]
+    if config.draft is None:
+        return tuple(plain)
+    num_drafts, most = config.num_drafts, min(config.max_draft_seqs, config.max_num_seqs)
+    fewest = -(-8 // (num_drafts + 1))
+    fewer = {fewest, most // 2} if most > 2 * fewest else {fewest}
+    alone = [BatchShape(rows, 0, num_drafts) for rows in sorted(fewer - {most})]
+    return (*plain, *alone, *(BatchShape(max(fewest, most), n, num_drafts) for n in counts))
 
 
 def fitting_shape(
     shapes: tuple[BatchShape, ...], schedule: Schedule, chunk_tile: int
 ) -> BatchShape:
-    """The smallest compiled shape that holds ``schedule``."""
+    """The smallest compiled shape that holds ``schedule``; a plain one if guesses do not fit."""
     tiles = sum(-(-len(chunk.token_ids) // chunk_tile) for chunk in schedule.chunks)
     fitting = [
         shape
         for shape in shapes
         if shape.num_decodes >= len(schedule.decodes) and shape.num_tiles >= tiles
     ]
+    wanted = [shape for shape in fitting if bool(shape.num_drafts) == bool(schedule.num_drafts)]
+    fitting = wanted or [shape for shape in fitting if not shape.num_drafts]
     assert fitting, f"{len(schedule.decodes)} decodes and {tiles} tiles fit no shape: {shapes}"
-    return min(fitting, key=lambda shape: shape.num_decodes + shape.num_tiles * chunk_tile)
+    return min(fitting, key=lambda shape: shape.num_decode_rows + shape.num_tiles * chunk_tile)
 
 
 def packed_size(shape: BatchShape, config: EngineConfig) -> int:
@@ -135,7 +157,10 @@ class Packer:
         self._num_pages = [0] * config.max_num_seqs
 
     def pack(self, schedule: Schedule, shape: BatchShape) -> tuple[np.ndarray, list[int]]:
-        """A new buffer, and for every scheduled sequence its logits row, decodes before chunks."""
+        """A new buffer, and for every scheduled sequence its logits row, decodes before chunks.
+
+        Of a decode with guesses the first of its rows.
+        """
         for sequence in schedule.decodes:
             self._update_slot(sequence)
         for sequence in schedule.chunks:
@@ -150,11 +175,14 @@ class Packer:
         views["chunk_slots"][:] = self._config.max_num_seqs
         decode_slots = [decode.slot for decode in schedule.decodes]
         views["decode_slots"][: len(decode_slots)] = decode_slots
-        rows = list(range(len(decode_slots)))
+        views["max_tokens"][: len(decode_slots)] = [s.num_tokens for s in schedule.decodes]
+        views["max_drafts"][: len(decode_slots)] = schedule.num_drafts
+        width = shape.num_drafts + 1
+        rows = list(range(0, width * len(decode_slots), width))
         tile = 0
         for chunk in schedule.chunks:
             tile = self._pack_chunk(views, chunk, tile)
-            rows.append(shape.num_decodes + tile - 1)
+            rows.append(shape.num_decode_rows + tile - 1)
         return packed, rows
 
     def _pack_chunk(self, views: dict[str, np.ndarray], chunk: ScheduledSequence, tile: int) -> int:
@@ -235,6 +263,8 @@ def _row_fields(shape: BatchShape, config: EngineConfig) -> _Fields:
     return {
         "num_steps": ((), np.int32),
         "decode_slots": ((decodes,), np.int32),
+        "max_tokens": ((decodes,), np.int32),
+        "max_drafts": ((decodes,), np.int32),
         **{f"chunk_{name}": ((tiles,), np.int32) for name in by_tile},
         "chunk_tokens": ((tiles, config.chunk_tile), np.int32),
     }

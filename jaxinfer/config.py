@@ -267,6 +267,10 @@ class EngineConfig:
     before the one before them is read; 0 waits for each. ``batch_invariant``: on CPU in float32 a
     request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
     ``attention``: name of the backend, instead of the first that takes the case.
+
+    ``draft``: who guesses tokens that the model then verifies, None for nobody; at most
+    ``num_drafts`` of a sequence in a step, and of at most ``max_draft_seqs`` sequences at once.
+    ``adapt_drafts``: where guesses are measured not to pay, steps are plain.
     """
 
     max_num_seqs: int = 16
@@ -281,6 +285,10 @@ class EngineConfig:
     steps_ahead: int = 1
     batch_invariant: bool = True
     attention: str | None = None
+    draft: Literal["ngram"] | None = None
+    num_drafts: int = 7
+    max_draft_seqs: int = 8
+    adapt_drafts: bool = True
 
     def __post_init__(self) -> None:
         limits = {
@@ -293,6 +301,8 @@ class EngineConfig:
             "max_steps_per_call": (1, 256),
             "priority_seconds": (0, 86400),
             "steps_ahead": (0, 8),
+            "num_drafts": (1, 31),
+            "max_draft_seqs": (1, 64),
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:

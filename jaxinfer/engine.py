@@ -22,9 +22,16 @@ from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.draft_control import DraftControl
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
-from jaxinfer.schedule import EngineStats, RequestOutput, Schedule, ScheduledSequence
+from jaxinfer.schedule import (
+    EngineStats,
+    RequestOutput,
+    Schedule,
+    ScheduledSequence,
+    StepOutput,
+)
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import abstract_parameters
 from jaxinfer.step import Parameters, StepResult
@@ -43,6 +50,8 @@ class _Call:
     schedule: Schedule
     result: StepResult
     rows: list[int]
+    num_drafts: int
+    sent_seconds: float
 
 
 class Engine:
@@ -67,6 +76,8 @@ class Engine:
         self._programs: dict[BatchShape, Any] = {}
         self._set_slot: Any = None
         self._scheduler = Scheduler(config)
+        self._drafts = DraftControl(config, self._room)
+        self._read_seconds = 0.0
         self._packer = Packer(config)
         self._in_flight: deque[_Call] = deque()
         self._parameters: Parameters | None = None
@@ -205,7 +216,7 @@ class Engine:
         [] is no sign of the end: see ``has_unfinished``.
         """
         with self._timed("schedule"):
-            schedule = self._scheduler.schedule(time.monotonic())
+            schedule = self._scheduler.schedule(time.monotonic(), self._drafts.choose)
         if schedule:
             self._in_flight.append(self._dispatch(schedule))
             if len(self._in_flight) <= self.config.steps_ahead:
@@ -225,7 +236,7 @@ class Engine:
         with self._timed("dispatch"):
             self._state, result = self._programs[shape](self._parameters, self._state, packed)
         self._host_seconds["sent"] += 1
-        return _Call(schedule, result, rows)
+        return _Call(schedule, result, rows, shape.num_drafts, time.perf_counter())
 
     def _read(self, call: _Call) -> list[RequestOutput]:
         """Waits for a call and hands its tokens to the scheduler."""
@@ -233,9 +244,32 @@ class Engine:
             call.result.tokens.block_until_ready()
         self._host_seconds["read"] += 1
         with self._timed("convert"):
-            output = read_result(call.schedule, call.result, call.rows)
+            output = read_result(call.schedule, call.result, call.rows, call.num_drafts)
+        self._note_drafts(call, output)
         with self._timed("update"):
             return self._scheduler.update(call.schedule, output)
+
+    def _note_drafts(self, call: _Call, output: StepOutput) -> None:
+        """How long the device took for steps of decodes alone, and what they yielded."""
+        now = time.perf_counter()
+        # The device began when the call came, or when it had done the one before.
+        seconds = now - max(call.sent_seconds, self._read_seconds)
+        self._read_seconds = now
+        schedule = call.schedule
+        if self.config.draft is None or schedule.chunks or not schedule.decodes:
+            return
+        num_tokens = sum(len(sequence.token_ids) for sequence in output.sequences)
+        num_steps = schedule.num_steps
+        if num_tokens:
+            num_decodes = len(schedule.decodes)
+            self._drafts.note(
+                num_decodes, call.num_drafts > 0, num_tokens / num_steps, seconds / num_steps
+            )
+
+    def _room(self, num_decodes: int) -> int:
+        """Decodes that a step with guesses has room for, of those compiled."""
+        rooms = [s.num_decodes for s in self._programs if s.num_drafts and not s.num_tiles]
+        return min((room for room in rooms if room >= num_decodes), default=0)
 
     def _fill_slot(self, chunk: ScheduledSequence) -> None:
         """Gives the device what a new sequence's chunks do not bring, where something needs it."""

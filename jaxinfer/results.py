@@ -1,5 +1,6 @@
 """From a call's result on the device to its output on the host, and no more than was asked for."""
 
+from dataclasses import replace
 from itertools import chain
 
 import jax
@@ -16,30 +17,59 @@ from jaxinfer.schedule import (
 from jaxinfer.step import NO_TOKEN, StepResult
 
 
-def read_result(schedule: Schedule, result: StepResult, rows: list[int]) -> StepOutput:
-    """What a call of ``schedule`` yielded; ``rows`` are the logits rows of its sequences."""
+def read_result(
+    schedule: Schedule, result: StepResult, rows: list[int], num_drafts: int = 0
+) -> StepOutput:
+    """What a call of ``schedule`` yielded; ``rows`` are the first logits rows of its sequences.
+
+    A decode has ``num_drafts`` rows more, of which those that are no new token are empty.
+    """
     columns: list[list[int]] = np.asarray(result.tokens).T.tolist()
     logprobs = None
     if any(s.request.logprobs is not None for s in chain(schedule.decodes, schedule.chunks)):
         logprobs = jax.tree.map(np.asarray, result.logprobs)
+    num_drafted = np.asarray(result.num_drafted).sum(axis=0).tolist()
     outputs = []
-    for sequence, row in zip(chain(schedule.decodes, schedule.chunks), rows, strict=True):
-        token_ids = ()
-        if sequence.samples:
-            column = columns[row]
-            # Where a row ends, the rest of its column is empty.
-            end = column.index(NO_TOKEN) if NO_TOKEN in column else len(column)
-            token_ids = tuple(column[:end])
+    for number, (sequence, row) in enumerate(
+        zip(chain(schedule.decodes, schedule.chunks), rows, strict=True)
+    ):
+        is_decode = number < len(schedule.decodes)
+        width = num_drafts + 1 if is_decode else 1
+        found = _new_tokens(columns[row : row + width]) if sequence.samples else []
+        token_ids = tuple(token_id for token_id, _ in found)
         wanted = sequence.request.logprobs
         entries = ()
-        if logprobs is not None and wanted is not None and token_ids:
+        if logprobs is not None and wanted is not None:
             # A call of several steps is made only where nobody wants them.
-            entries = (_entry(logprobs, (row,), token_ids[-1], wanted),)
-        outputs.append(SequenceOutput(token_ids, entries))
+            entries = tuple(
+                _entry(logprobs, (row + offset,), token_id, wanted) for token_id, offset in found
+            )
+        if is_decode and num_drafts:
+            num_steps = sum(offset == 0 for _, offset in found)
+            outputs.append(
+                SequenceOutput(
+                    token_ids,
+                    entries,
+                    num_drafted=num_drafted[number],
+                    num_accepted=len(token_ids) - num_steps,
+                )
+            )
+        else:
+            outputs.append(SequenceOutput(token_ids, entries))
     if any(_is_scored(chunk) for chunk in schedule.chunks):
         scores = jax.tree.map(np.asarray, result.prompt_logprobs)
         _add_prompt_logprobs(schedule, outputs, scores)
     return StepOutput(tuple(outputs))
+
+
+def _new_tokens(columns: list[list[int]]) -> list[tuple[int, int]]:
+    """Step by step the tokens of a sequence's rows, and which row each is from."""
+    return [
+        (token_id, row)
+        for step in zip(*columns, strict=True)
+        for row, token_id in enumerate(step)
+        if token_id != NO_TOKEN
+    ]
 
 
 def _is_scored(chunk: ScheduledSequence) -> bool:
@@ -59,9 +89,7 @@ def _add_prompt_logprobs(
                 _entry(scores, (tile + i // size, i % size), token_id, wanted)
                 for i, token_id in enumerate(following)
             )
-            outputs[number] = SequenceOutput(
-                outputs[number].token_ids, outputs[number].logprobs, entries
-            )
+            outputs[number] = replace(outputs[number], prompt_logprobs=entries)
         tile += -(-chunk.num_tokens // size)
 
 

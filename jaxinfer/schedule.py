@@ -13,8 +13,9 @@ class ScheduledSequence:
     """What one sequence, a choice of a request, brings to a call of the device.
 
     A chunk's ``token_ids`` stand at positions ``start ..``. A decode has none of its own: the
-    device knows its last token and position; ``num_tokens`` says for how many steps it may run at
-    most (a chunk: ``len(token_ids)``). ``page_ids`` are all pages it holds, enough for every
+    device knows its last token and position; ``num_tokens`` says how many it may yield at most
+    (a chunk: ``len(token_ids)``). Where guesses are verified ``start`` is the last position that it
+    may be at. ``page_ids`` are all pages it holds, enough for every
     position that is computed. ``samples`` is true when a new token comes of it: for decodes always,
     for a chunk when its last token is the last one known.
 
@@ -49,12 +50,14 @@ class Schedule:
     """One call: ``decodes`` continue from the token sampled last, ``chunks`` bring known tokens.
 
     A preempted sequence that comes back brings its prompt and its output so far as chunks. Without
-    chunks the device may run ``num_steps`` steps in one call.
+    chunks the device may run ``num_steps`` steps in one call. In a step it may verify
+    ``num_drafts`` guesses of each decode, and a decode yield as many tokens more.
     """
 
     decodes: tuple[ScheduledSequence, ...] = ()
     chunks: tuple[ScheduledSequence, ...] = ()
     num_steps: int = 1
+    num_drafts: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -77,14 +80,17 @@ class TokenLogprobs:
 class SequenceOutput:
     """What a call yielded for one scheduled sequence.
 
-    ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device.
-    ``logprobs`` go with them where asked for. ``prompt_logprobs`` are those of the tokens at
-    positions ``start + 1 ..`` of a chunk, as far as they are prompt tokens.
+    ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device, or
+    guesses were wrong: ``num_drafted`` were verified, ``num_accepted`` of them right. ``logprobs``
+    go with them where asked for. ``prompt_logprobs`` are those of the tokens at positions
+    ``start + 1 ..`` of a chunk, as far as they are prompt tokens.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class RequestOutput:
     choice 0's first output, one a prompt token, None for the first one. ``num_cached_tokens``
     counts prompt tokens that did not have to be computed when the choice was first admitted.
     ``queue_seconds`` is the time from ``Engine.add`` to the first step, None when not measured.
+    ``num_drafted_tokens`` were guessed and verified so far, ``num_accepted_tokens`` of them right.
     """
 
     request_id: str
@@ -115,6 +122,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     queue_seconds: float | None = None
 
 
@@ -127,6 +136,7 @@ class EngineStats:
     prefix cache, also those of a preempted sequence that came back. ``num_chunk_tokens`` are
     counted when they are scheduled: prompts, and outputs computed again after preemption.
     ``num_free_pages`` includes ``num_cached_pages``, which nobody holds and a prompt may find.
+    ``num_drafted_tokens`` are guesses that were verified, ``num_accepted_tokens`` the right ones.
     """
 
     num_running: int
@@ -139,3 +149,5 @@ class EngineStats:
     num_chunk_tokens: int = 0
     num_cached_tokens: int = 0
     num_cached_pages: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0

@@ -6,7 +6,7 @@ decode phase, only one subtraction: ``num_tokens - num_computed_tokens``.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, count, islice
 from operator import attrgetter
 
@@ -76,6 +76,8 @@ class Scheduler:
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
         self._num_preemptions = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -97,6 +99,8 @@ class Scheduler:
             num_cached_tokens=self._num_cached_tokens,
             # Without a common cache nobody else's prompt can find them.
             num_cached_pages=self.page_pool.num_kept if self.config.prefix_cache else 0,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
     def is_live(self, request_id: str) -> bool:
@@ -141,21 +145,24 @@ class Scheduler:
             self._end(sequence)
         return [sequence.output(SequenceOutput(), FinishReason.ABORT) for sequence in ended]
 
-    def schedule(self, now: float | None = None) -> Schedule:
+    def schedule(
+        self, now: float | None = None, choose_drafts: Callable[[int], int] = lambda _: 0
+    ) -> Schedule:
         """Plans the next call and takes pages for the positions it computes.
 
         ``now``, on the clock of ``arrival_seconds``, is for telling how long requests waited.
+        ``choose_drafts`` says how many guesses to verify in a step of so many decodes.
         """
         self._note_last_chunks()
         prefilling = deque(s for s in self._running if s.is_prefilling)
         # Whoever has all its tokens in flight only waits for them to be read.
         decoding = [s for s in self._running if not s.is_prefilling and s.num_remaining_tokens > 0]
         num_steps = 1 if prefilling else self._num_steps(decoding)
+        num_drafts = self._num_drafts(decoding, num_steps, choose_drafts)
         num_tiles = self._num_tiles(prefilling)
 
-        decodes = [
-            s for s in decoding if self._make_room(s, min(num_steps, s.num_remaining_tokens))
-        ]
+        most = num_steps * (num_drafts + 1)
+        decodes = [s for s in decoding if self._make_room(s, min(most, s.num_remaining_tokens))]
         chunks: dict[Sequence, int] = {}
         while num_tiles:
             sequence = prefilling.popleft() if prefilling else self._admit(now)
@@ -171,9 +178,14 @@ class Scheduler:
         # Room for a chunk may have been made by preempting a decode of higher rank, planned
         # above, but never a chunk: these are planned in order of rank.
         return Schedule(
-            decodes=tuple(s.schedule_decode(num_steps) for s in decodes if s.is_running),
+            decodes=tuple(
+                s.schedule_decode(min(most, s.num_remaining_tokens))
+                for s in decodes
+                if s.is_running
+            ),
             chunks=tuple(s.schedule_chunk(num_new_tokens) for s, num_new_tokens in chunks.items()),
             num_steps=num_steps,
+            num_drafts=num_drafts,
         )
 
     def update(self, schedule: Schedule, step_output: StepOutput) -> list[RequestOutput]:
@@ -193,8 +205,11 @@ class Scheduler:
                 known = len(sequence.prompt_logprobs) - scheduled.start
                 sequence.prompt_logprobs += output.prompt_logprobs[known:]
             if scheduled.samples:
-                # Fewer come only when the last of them ends the sequence.
-                sequence.num_in_flight_tokens -= 1 if scheduled.token_ids else scheduled.num_tokens
+                num_expected = 1 if scheduled.token_ids else scheduled.num_tokens
+                sequence.num_in_flight_tokens -= num_expected
+                # Fewer come when the last of them ends the sequence, or guesses were wrong.
+                sequence.num_computed_tokens -= num_expected - len(output.token_ids)
+                self._count_drafts(sequence, output)
                 outputs.append(self._append(sequence, output))
         return outputs
 
@@ -220,7 +235,12 @@ class Scheduler:
             assert s.is_running
             assert 0 <= s.num_in_flight_tokens <= s.request.max_tokens - s.num_output_tokens
             assert s.num_computed_tokens <= s.num_tokens + s.num_in_flight_tokens
-            assert len(s.page_ids) == self.page_pool.num_pages_for(s.num_computed_tokens)
+            num_pages = self.page_pool.num_pages_for(s.num_computed_tokens)
+            # More where guesses were wrong, for which there had to be room.
+            num_spare = len(s.page_ids) - num_pages
+            most = self.config.max_steps_per_call * (self.config.num_drafts + 1)
+            is_exact = self.config.draft is None
+            assert 0 <= num_spare <= (0 if is_exact else self.page_pool.num_pages_for(most) + 1)
 
     def _num_steps(self, decoding: list[Sequence]) -> int:
         """Several when nobody waits for a slot or a log-probability, and the free pages suffice."""
@@ -230,10 +250,29 @@ class Scheduler:
         if any(s.request.logprobs is not None for s in decoding):
             return 1
         num_steps = min(num_steps, max(s.num_remaining_tokens for s in decoding))
+        return num_steps if self._has_room(decoding, num_steps) else 1
+
+    def _num_drafts(
+        self, decoding: list[Sequence], num_steps: int, choose_drafts: Callable[[int], int]
+    ) -> int:
+        """As many as are wanted, where nobody must be preempted for what may be guessed wrong."""
+        if not decoding or len(decoding) > self.config.max_draft_seqs:
+            return 0
+        num_drafts = choose_drafts(len(decoding))
+        return num_drafts if self._has_room(decoding, num_steps * (num_drafts + 1)) else 0
+
+    def _has_room(self, decoding: list[Sequence], most: int) -> bool:
+        """Whether the free pages suffice for up to ``most`` tokens of each."""
         num_pages = sum(
-            self._num_missing_pages(s, min(num_steps, s.num_remaining_tokens)) for s in decoding
+            max(0, self._num_missing_pages(s, min(most, s.num_remaining_tokens))) for s in decoding
         )
-        return num_steps if num_pages <= self.page_pool.num_free else 1
+        return num_pages <= self.page_pool.num_free
+
+    def _count_drafts(self, sequence: Sequence, output: SequenceOutput) -> None:
+        sequence.num_drafted_tokens += output.num_drafted
+        sequence.num_accepted_tokens += output.num_accepted
+        self._num_drafted_tokens += output.num_drafted
+        self._num_accepted_tokens += output.num_accepted
 
     def _num_tiles(self, prefilling: Iterable[Sequence]) -> int:
         """As many tiles as are wanted, but rather fewer than a step that is mostly padding."""
@@ -259,7 +298,7 @@ class Scheduler:
         """Takes pages for the next tokens, preempting as needed; False if it was itself."""
         while sequence.is_running:
             num_pages = self._num_missing_pages(sequence, num_new_tokens)
-            if not num_pages:
+            if num_pages <= 0:
                 return True
             page_ids = self.page_pool.allocate(num_pages)
             if page_ids is not None:

@@ -20,6 +20,8 @@ class Sequence:
 
     ``num_computed_tokens`` counts what calls were scheduled for, read or not. The tokens that
     calls in flight sample are not in ``token_ids`` yet but counted in ``num_in_flight_tokens``.
+    Both are the most that may be where guesses are verified; what was too much is taken back when a
+    call is read, and pages taken for it stay with the sequence.
 
     ``rank``: smaller is served first and preempted last. It is the time of arrival less a bonus for
     each level of priority, so it never changes, and a late arrival of higher priority cannot
@@ -52,6 +54,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -86,11 +90,11 @@ class Sequence:
         """Choices share their prompt: the first one has its log-probabilities computed."""
         return self.choice == 0 and self.request.prompt_logprobs is not None
 
-    def schedule_decode(self, num_steps: int) -> ScheduledSequence:
+    def schedule_decode(self, num_tokens: int) -> ScheduledSequence:
         """Counts the next tokens as computed, and those they yield as in flight."""
         assert self.slot is not None
         assert self.admission is not None
-        start, num_tokens = self.num_computed_tokens, min(num_steps, self.num_remaining_tokens)
+        start = self.num_computed_tokens
         self.num_computed_tokens += num_tokens
         self.num_in_flight_tokens += num_tokens
         return ScheduledSequence(
@@ -145,5 +149,7 @@ class Sequence:
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             num_preemptions=self.num_preemptions,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
             queue_seconds=self.queue_seconds,
         )

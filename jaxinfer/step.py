@@ -21,6 +21,7 @@ from jaxinfer.logprobs import LogprobColumns, token_logprobs
 from jaxinfer.request import LIMITS
 from jaxinfer.sampling import SamplingColumns, SlotTables, sample
 from jaxinfer.sharding import named_sharding
+from jaxinfer.speculative import num_accepted, propose_ngrams
 from jaxinfer.weights import multiplies_floats
 from pallas_kernels.ragged_paged_attention import KVPages, QueryTiles, RaggedBatch
 
@@ -53,14 +54,16 @@ class StepState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepResult:
-    """What a call yields, for at most C steps, R logits rows, N tiles of B rows.
+    """What a call yields, for at most C steps, R logits rows, D decodes, N tiles of B rows.
 
-    ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``logprobs`` [R] are those of the
+    ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``num_drafted`` [C, D] int32:
+    guesses of each decode that were verified. ``logprobs`` [R] are those of the
     last step's tokens, ``prompt_logprobs`` [N, B] those of the token after each chunk row; both
     zeros where nobody wants them.
     """
 
     tokens: jax.Array
+    num_drafted: jax.Array
     logprobs: LogprobColumns
     prompt_logprobs: LogprobColumns
 
@@ -87,8 +90,13 @@ def abstract_state(
     )
 
 
-def ragged_batch(batch: Batch, lens: jax.Array, config: EngineConfig) -> RaggedBatch:
-    """What attention needs to know of a batch; decode positions are the slots' lengths."""
+def ragged_batch(
+    batch: Batch, lens: jax.Array, config: EngineConfig, num_drafts: jax.Array, max_drafts: int
+) -> RaggedBatch:
+    """What attention needs to know of a batch; decode positions are the slots' lengths.
+
+    ``num_drafts`` [D] of at most ``max_drafts`` guesses come after each decode's own token.
+    """
     slots = config.max_num_seqs
     is_decode = batch.decode_slots < slots
     decode_starts = lens.at[batch.decode_slots].get(mode="fill", fill_value=0)
@@ -97,8 +105,8 @@ def ragged_batch(batch: Batch, lens: jax.Array, config: EngineConfig) -> RaggedB
         decodes=QueryTiles(
             sequences=jnp.minimum(batch.decode_slots, slots - 1),
             starts=decode_starts,
-            lens=is_decode.astype(jnp.int32),
-            rows=1,
+            lens=jnp.where(is_decode, 1 + num_drafts, 0),
+            rows=1 + max_drafts,
         ),
         chunks=QueryTiles(
             sequences=jnp.minimum(batch.chunk_slots, slots - 1),
@@ -110,14 +118,25 @@ def ragged_batch(batch: Batch, lens: jax.Array, config: EngineConfig) -> RaggedB
 
 
 def forward(
-    model: Any, state: StepState, batch: Batch, config: EngineConfig
+    model: Any,
+    state: StepState,
+    batch: Batch,
+    config: EngineConfig,
+    num_drafts: jax.Array | None = None,
+    max_drafts: int = 0,
 ) -> tuple[jax.Array, RaggedBatch, StepState]:
-    """Hidden states [T, E] of all rows, and the state with their tokens, keys and values in it."""
-    ragged = ragged_batch(batch, state.lens, config)
-    decode_tokens = state.tokens.at[batch.decode_slots, ragged.decodes.starts].get(
+    """Hidden states [T, E] of all rows, and the state with their keys and values in it.
+
+    Tokens of decodes, ``num_drafts`` guesses included, are in the state's table already, those of
+    chunks are put there. Lengths are those of chunks; decodes' stay.
+    """
+    if num_drafts is None:
+        num_drafts = jnp.zeros_like(batch.decode_slots)
+    ragged = ragged_batch(batch, state.lens, config, num_drafts, max_drafts)
+    decode_tokens = state.tokens.at[batch.decode_slots[:, None], ragged.decodes.positions()].get(
         mode="fill", fill_value=0
     )
-    token_ids = jnp.concatenate([decode_tokens, batch.chunk_tokens.reshape(-1)])
+    token_ids = jnp.concatenate([decode_tokens.reshape(-1), batch.chunk_tokens.reshape(-1)])
     hidden, kv_pages = model(token_ids, state.kv_pages, ragged)
 
     chunks = ragged.chunks
@@ -128,7 +147,6 @@ def forward(
     # A slot may have served another, longer sequence before: its length starts anew.
     lens = state.lens.at[batch.chunk_slots].set(0, mode="drop")
     lens = lens.at[batch.chunk_slots].max(batch.chunk_starts + batch.chunk_lens, mode="drop")
-    lens = lens.at[batch.decode_slots].add(1, mode="drop")
     has_ended = state.has_ended.at[batch.chunk_slots].set(False, mode="drop")
     state = replace(state, kv_pages=kv_pages, tokens=tokens, lens=lens, has_ended=has_ended)
     return hidden, ragged, state
@@ -148,46 +166,57 @@ def step(
     if shape.num_tiles or config.max_steps_per_call == 1:
         return one_step(model, config, shape, state, batch)
 
-    def is_going_on(carry: tuple[jax.Array, StepState, StepResult]) -> jax.Array:
-        done, state, _ = carry
-        is_decode = batch.decode_slots < config.max_num_seqs
+    def is_going_on(carry: tuple[jax.Array, jax.Array, StepState, StepResult]) -> jax.Array:
+        done, left, state, _ = carry
+        is_decode = (batch.decode_slots < config.max_num_seqs) & (left > 0)
         has_ended = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
         return (done < batch.num_steps) & jnp.any(is_decode & ~has_ended)
 
     def go_on(
-        carry: tuple[jax.Array, StepState, StepResult],
-    ) -> tuple[jax.Array, StepState, StepResult]:
-        done, state, results = carry
-        state, result = one_step(model, config, shape, state, batch)
+        carry: tuple[jax.Array, jax.Array, StepState, StepResult],
+    ) -> tuple[jax.Array, jax.Array, StepState, StepResult]:
+        done, left, state, results = carry
+        state, result = one_step(model, config, shape, state, replace(batch, max_tokens=left))
+        new = result.tokens[0, : shape.num_decode_rows].reshape(shape.num_decodes, -1)
+        left = left - jnp.sum(new != NO_TOKEN, axis=1, dtype=jnp.int32)
         tokens = results.tokens.at[done].set(result.tokens[0])
-        return done + 1, state, replace(result, tokens=tokens)
+        drafted = results.num_drafted.at[done].set(result.num_drafted[0])
+        return done + 1, left, state, replace(result, tokens=tokens, num_drafted=drafted)
 
     nothing = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(lambda: one_step(model, config, shape, state, batch)[1]),
     )
-    calls = (config.max_steps_per_call, shape.num_logits_rows)
-    nothing = replace(nothing, tokens=jnp.full(calls, NO_TOKEN, jnp.int32))
-    _, state, results = jax.lax.while_loop(is_going_on, go_on, (jnp.int32(0), state, nothing))
+    num_calls = config.max_steps_per_call
+    nothing = replace(
+        nothing,
+        tokens=jnp.full((num_calls, shape.num_logits_rows), NO_TOKEN, jnp.int32),
+        num_drafted=jnp.zeros((num_calls, shape.num_decodes), jnp.int32),
+    )
+    start = (jnp.int32(0), batch.max_tokens, state, nothing)
+    *_, state, results = jax.lax.while_loop(is_going_on, go_on, start)
     return state, results
 
 
 def one_step(
     model: Any, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
 ) -> tuple[StepState, StepResult]:
-    """One step over the batch; rows whose sequence has ended are padding."""
-    num_slots = config.max_num_seqs
-    has_ended = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
-    batch = replace(batch, decode_slots=jnp.where(has_ended, num_slots, batch.decode_slots))
-    hidden, ragged, state = forward(model, state, batch, config)
+    """One step over the batch; decodes that have ended or may yield no more are padding."""
+    num_slots, max_drafts = config.max_num_seqs, shape.num_drafts
+    is_done = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
+    is_done |= batch.max_tokens <= 0
+    batch = replace(batch, decode_slots=jnp.where(is_done, num_slots, batch.decode_slots))
+    drafts, num_drafts, state = _propose(state, batch, max_drafts)
+    hidden, ragged, state = forward(model, state, batch, config, num_drafts, max_drafts)
 
     last = jnp.maximum(batch.chunk_lens - 1, 0)
-    tile_rows = shape.num_decodes + jnp.arange(shape.num_tiles) * config.chunk_tile + last
-    logits_rows = jnp.concatenate([jnp.arange(shape.num_decodes), tile_rows])  # [R]
+    tile_rows = shape.num_decode_rows + jnp.arange(shape.num_tiles) * config.chunk_tile + last
+    logits_rows = jnp.concatenate([jnp.arange(shape.num_decode_rows), tile_rows])  # [R]
     logits = model.logits(hidden[logits_rows])
     positions = ragged.positions()[logits_rows] + 1  # of the new tokens
     chunk_slots = jnp.where(batch.chunk_samples > 0, batch.chunk_slots, num_slots)
-    slots = jnp.concatenate([batch.decode_slots, chunk_slots])
+    decode_slots = jnp.where(ragged.decodes.is_real(), batch.decode_slots[:, None], num_slots)
+    slots = jnp.concatenate([decode_slots.reshape(-1), chunk_slots])
     columns = jax.tree.map(
         lambda column: column.at[slots].get(mode="fill", fill_value=0), batch.slots
     )
@@ -197,20 +226,60 @@ def one_step(
     )
     sampled = sample(logits, positions, slots, sampling, tables)
 
-    is_real = slots < num_slots
     ends = jnp.any(sampled[:, None] == columns.ending_ids, axis=1)
     ends &= positions - columns.prompt_lens >= columns.min_tokens
     ends |= positions + 1 >= columns.end_positions
+    if max_drafts:
+        # Of a decode's rows those that are new tokens are real, the others padding.
+        by_decode = shape.num_decodes, max_drafts + 1
+        rows = slice(shape.num_decode_rows)
+        counts, _ = num_accepted(
+            drafts, num_drafts, sampled[rows].reshape(by_decode), ends[rows].reshape(by_decode)
+        )
+        is_new = jnp.arange(max_drafts + 1)[None, :] < counts[:, None]
+        slots = slots.at[rows].set(jnp.where(is_new.reshape(-1), slots[rows], num_slots))
+    else:
+        counts = jnp.ones_like(batch.decode_slots)
+    is_real = slots < num_slots
+    # Of a slot's rows only the last new one may end it: its others are written as not ended.
+    ended = state.has_ended.at[slots].max(ends, mode="drop")
     state = replace(
         state,
         tokens=state.tokens.at[slots, positions].set(sampled, mode="drop"),
-        has_ended=state.has_ended.at[slots].set(ends, mode="drop"),
+        lens=state.lens.at[batch.decode_slots].add(counts, mode="drop"),
+        has_ended=ended,
     )
     return state, StepResult(
         tokens=jnp.where(is_real, sampled, NO_TOKEN)[None],
+        num_drafted=num_drafts[None],
         logprobs=token_logprobs(logits, sampled, is_real & (columns.num_logprobs >= 0)),
-        prompt_logprobs=score_chunks(model, hidden[shape.num_decodes :], batch),
+        prompt_logprobs=score_chunks(model, hidden[shape.num_decode_rows :], batch),
     )
+
+
+def _propose(
+    state: StepState, batch: Batch, max_drafts: int
+) -> tuple[jax.Array, jax.Array, StepState]:
+    """Guesses [D, K], how many of each decode are verified, and the state with them in its table.
+
+    No more than the call may yield, and than the sequence may grow by, its own next token aside.
+    """
+    slots = batch.decode_slots
+    if not max_drafts:
+        none = jnp.zeros_like(slots)
+        return jnp.zeros((*slots.shape, 0), jnp.int32), none, state
+    lens = state.lens.at[slots].get(mode="fill", fill_value=0)
+    tokens = state.tokens.at[slots].get(mode="fill", fill_value=0)
+    drafts, found = propose_ngrams(tokens, lens + 1, max_drafts)
+    ends = batch.slots.end_positions.at[slots].get(mode="fill", fill_value=0)
+    most = jnp.minimum(batch.max_drafts, batch.max_tokens - 1)
+    num_drafts = jnp.minimum(jnp.minimum(found, most), ends - lens - 2)
+    num_drafts = jnp.maximum(num_drafts, 0)
+    steps = jnp.arange(max_drafts, dtype=jnp.int32)[None, :]
+    written = jnp.where(steps < num_drafts[:, None], slots[:, None], state.tokens.shape[0])
+    at = lens[:, None] + 1 + steps
+    state = replace(state, tokens=state.tokens.at[written, at].set(drafts, mode="drop"))
+    return drafts, num_drafts, state
 
 
 def score_chunks(model: Any, hidden: jax.Array, batch: Batch) -> LogprobColumns:

@@ -170,7 +170,9 @@ def _compare(
 
 def _rates(variant: LoadedModel) -> dict[str, float]:
     """Decoded tokens a second, by the number of sequences."""
-    engine = new_engine(variant, max_num_seqs=max(BATCHES))
+    tiles, rows = variant.engine_config.tile_counts[-1], (8, max(BATCHES))
+    shapes = [*(BatchShape(n, 0) for n in rows), BatchShape(rows[-1], tiles)]
+    engine = new_engine(variant, shapes, max_num_seqs=rows[-1])
     rates = {}
     for size in BATCHES:
         prompts = random_prompts(variant.model.vocab_size, [PROMPT_TOKENS] * size)

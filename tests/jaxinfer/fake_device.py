@@ -91,22 +91,54 @@ class FakeDevice:
         for chunk in schedule.chunks:
             if chunk.is_first:
                 self.check_content(before, chunk, list(chunk.cached_token_ids))
-        outputs = [self.decode(each) for each in schedule.decodes]
+        outputs = [self.decode(each, schedule) for each in schedule.decodes]
         outputs += [self.chunk(each) for each in schedule.chunks]
         return StepOutput(tuple(outputs))
 
-    def decode(self, scheduled: ScheduledSequence) -> SequenceOutput:
-        slot = self.slots[scheduled.slot]
+    def decode(self, scheduled: ScheduledSequence, schedule: Schedule) -> SequenceOutput:
+        slot, num_drafts = self.slots[scheduled.slot], schedule.num_drafts
         assert slot.admission == scheduled.admission
-        assert 1 <= scheduled.num_tokens <= self.config.max_steps_per_call
+        assert 1 <= scheduled.num_tokens <= self.config.max_steps_per_call * (num_drafts + 1)
         new: list[int] = []
-        while not slot.has_ended and len(new) < scheduled.num_tokens:
+        num_drafted = num_steps = 0
+        while not slot.has_ended and num_steps < schedule.num_steps:
+            if len(new) == scheduled.num_tokens:
+                break
             assert slot.num_computed == len(slot.token_ids) - 1
             assert slot.num_computed <= scheduled.start + len(new), "more than the host assumes"
-            self.compute(scheduled, slot)
-            new.append(self.sample(scheduled, slot))
-            self.num_steps += 1
-        return SequenceOutput(tuple(new), self.logprobs(scheduled, new))
+            room = scheduled.num_tokens - len(new) - 1
+            drafts = self.guess(scheduled, slot, num_drafts)[:room]
+            num_drafted, num_steps = num_drafted + len(drafts), num_steps + 1
+            self.write_guesses(scheduled, slot, drafts)
+            for draft in (*drafts, None):
+                self.compute(scheduled, slot)
+                new.append(self.sample(scheduled, slot))
+                self.num_steps += 1
+                if slot.has_ended or new[-1] != draft:
+                    break
+        num_accepted = len(new) - num_steps
+        return SequenceOutput(
+            tuple(new), self.logprobs(scheduled, new, num_steps), (), num_drafted, num_accepted
+        )
+
+    def guess(self, scheduled: ScheduledSequence, slot: Slot, num_drafts: int) -> list[int]:
+        """Some right, then some wrong; no more than may come before the last token."""
+        request, known = scheduled.request, list(slot.token_ids)
+        end = len(request.prompt_token_ids) + request.max_tokens
+        guesses: list[int] = []
+        num_right = sum(known) % (num_drafts + 1)
+        for number in range(min(num_drafts, end - len(known) - 1)):
+            token_id = next_token(request, scheduled.choice, known)
+            guesses.append(token_id if number < num_right else (token_id + 1) % VOCAB_SIZE)
+            known.append(guesses[-1])
+        return guesses
+
+    def write_guesses(self, scheduled: ScheduledSequence, slot: Slot, drafts: list[int]) -> None:
+        """Wrong ones leave something in the pages too."""
+        known = [*slot.token_ids, *drafts]
+        for position in range(slot.num_computed + 1, len(known)):
+            page_id = scheduled.page_ids[position // self.config.page_size]
+            self.pages[page_id][position % self.config.page_size] = tuple(known[: position + 1])
 
     def chunk(self, scheduled: ScheduledSequence) -> SequenceOutput:
         slot, end = self.slots[scheduled.slot], scheduled.start + scheduled.num_tokens
@@ -164,10 +196,12 @@ class FakeDevice:
         )
         return token_id
 
-    def logprobs(self, scheduled: ScheduledSequence, new: list[int]) -> tuple[TokenLogprobs, ...]:
+    def logprobs(
+        self, scheduled: ScheduledSequence, new: list[int], num_steps: int = 1
+    ) -> tuple[TokenLogprobs, ...]:
         if scheduled.request.logprobs is None:
             return ()
-        assert len(new) <= 1, "a call of several steps has no log-probabilities"
+        assert num_steps <= 1, "a call of several steps has no log-probabilities"
         return tuple(TokenLogprobs(token_id, -1.0, 1) for token_id in new)
 
     def check_rows(self, schedule: Schedule) -> None:
@@ -185,8 +219,12 @@ class FakeDevice:
         page_size = self.config.page_size
         for scheduled in everyone:
             end = scheduled.start + scheduled.num_tokens
-            assert len(scheduled.page_ids) == -(-end // page_size)
+            assert len(scheduled.page_ids) >= -(-end // page_size)
+            assert self.config.draft or len(scheduled.page_ids) == -(-end // page_size)
             assert len(scheduled.page_ids) <= self.config.max_pages_per_sequence
-            written = set(scheduled.page_ids[scheduled.start // page_size :])
+            first = scheduled.start
+            if not scheduled.token_ids:
+                first = self.slots[scheduled.slot].num_computed
+            written = set(scheduled.page_ids[first // page_size :])
             for other in everyone:
                 assert other is scheduled or not written & set(other.page_ids)

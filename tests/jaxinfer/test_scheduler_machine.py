@@ -1,5 +1,6 @@
 """The scheduler under hypothesis: anything may be added, aborted or read late, and pages add up."""
 
+import dataclasses
 from collections import deque
 
 from hypothesis import settings
@@ -80,10 +81,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (request_id, choice) not in self.requests
         assert only_one or not self.scheduler.is_live(request_id)
 
+    def choose_drafts(self, num_decodes: int) -> int:
+        """Now some, now none, as adaptation would have it."""
+        assert num_decodes <= self.config.max_num_seqs
+        return 0
+
     @precondition(lambda self: len(self.in_flight) < 3)
     @rule()
     def send(self) -> None:
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(None, self.choose_drafts)
         assert schedule or self.in_flight or not self.requests, "requests, and nothing to run"
         self.in_flight.append((schedule, self.device.run(schedule)))
 
@@ -148,7 +154,22 @@ class SeveralStepsMachine(SchedulerMachine):
     )
 
 
+class DraftsMachine(SchedulerMachine):
+    """The same with guesses that are right, wrong and left out, in one step a call or several."""
+
+    config = dataclasses.replace(
+        TIGHT, max_steps_per_call=2, num_pages=12, draft="ngram", num_drafts=3
+    )
+    num_choices = 0
+
+    def choose_drafts(self, num_decodes: int) -> int:
+        self.num_choices += 1
+        return self.config.num_drafts if self.num_choices % 4 else 0
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40)
 TestSeveralStepsMachine = SeveralStepsMachine.TestCase
 TestSeveralStepsMachine.settings = settings(max_examples=75, stateful_step_count=40)
+TestDraftsMachine = DraftsMachine.TestCase
+TestDraftsMachine.settings = settings(max_examples=100, stateful_step_count=40)

@@ -55,19 +55,20 @@ def test_a_roofline_by_hand() -> None:
 
 def test_a_roofline_of_experts() -> None:
     """A step reads the experts that its rows want, and a row computes with its own."""
-    v5e, model = GENERATIONS["v5e"], model_config("qwen3-30b-a3b")
+    v5e, layers = GENERATIONS["v5e"], 4
+    model = dataclasses.replace(model_config("qwen3-30b-a3b"), num_hidden_layers=layers)
     roofline = Roofline(model, CONFIG, DTYPES, make_mesh(jax.devices()[:1]), v5e)
-    experts = 48 * 128 * 3 * 2048 * 768
-    attention = 48 * 2048 * 128 * (2 * 32 + 2 * 4)
+    experts = layers * 128 * 3 * 2048 * 768
+    attention = layers * 2048 * 128 * (2 * 32 + 2 * 4)
     rest = attention + 2048 * 151936
-    token = 48 * 2 * 4 * 128 * 2
+    token = layers * 2 * 4 * 128 * 2
     read = 2 * (rest + experts * 8 / 128)
     assert roofline.decode_seconds(1, 1000) == pytest.approx(
         (read + 1000 * token) / 819e9, rel=0.01
     )
     read = 2 * (rest + experts * (1 - (120 / 128) ** 16))
     assert roofline.decode_seconds(16, 0) == pytest.approx(read / 819e9, rel=0.01)
-    flops = 1024 * (2 * (rest + experts * 8 / 128) + 4 * 512 * 32 * 128 * 48)
+    flops = 1024 * (2 * (rest + experts * 8 / 128) + 4 * 512 * 32 * 128 * layers)
     read = 2 * 2 * (rest + experts)
     assert roofline.prefill_seconds(1024) == pytest.approx(
         max(flops / 197e12, read / 819e9), rel=0.02

@@ -1,0 +1,92 @@
+"""Decides whether the next step verifies guesses, from what earlier ones brought. Host only.
+
+Tokens do not depend on it: guesses are verified without loss, so that a choice by the clock is free
+to be wrong.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jaxinfer.config import EngineConfig
+
+# Weight of the newest step in a mean; steps between two tries of what did not pay.
+NEWEST = 0.1
+STEPS_BETWEEN_TRIES = 64
+# Steps of each kind before a choice: the first after a compilation are slow.
+STEPS_TO_LEARN = 3
+
+
+@dataclass
+class _Mean:
+    """A running mean of recent values."""
+
+    count: int = 0
+    value: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += (value - self.value) * max(NEWEST, 1 / self.count)
+
+
+@dataclass
+class _Batches:
+    """What steps of about as many decodes brought: seconds and tokens a decode, plain and not."""
+
+    plain_seconds: _Mean = field(default_factory=_Mean)
+    draft_seconds: _Mean = field(default_factory=_Mean)
+    draft_tokens: _Mean = field(default_factory=_Mean)
+    steps_since_try: int = 0
+
+    @property
+    def is_learning(self) -> bool:
+        return min(self.plain_seconds.count, self.draft_seconds.count) < STEPS_TO_LEARN
+
+    @property
+    def pays(self) -> bool:
+        """Tokens a second with guesses against those without."""
+        gain = self.draft_tokens.value * self.plain_seconds.value
+        return gain >= self.draft_seconds.value
+
+
+class DraftControl:
+    """Compares tokens a second of steps with guesses and without, by the number of decodes.
+
+    ``room(num_decodes)`` tells which compiled program such a step takes: the unit of comparison.
+    """
+
+    def __init__(self, config: EngineConfig, room: Callable[[int], object]) -> None:
+        self._config, self._room = config, room
+        self._batches: dict[object, _Batches] = {}
+
+    def choose(self, num_decodes: int) -> int:
+        """How many guesses of each decode to verify in the next step."""
+        if self._config.draft is None or num_decodes > self._config.max_draft_seqs:
+            return 0
+        if not self._config.adapt_drafts:
+            return self._config.num_drafts
+        batches = self._of(num_decodes)
+        if batches.is_learning:
+            # In turns, plain ones first: they are what is lost where guesses are bad.
+            is_draft = batches.plain_seconds.count > batches.draft_seconds.count
+        elif batches.pays:
+            # Plain steps become faster or slower too, as sequences grow.
+            is_draft = batches.steps_since_try < STEPS_BETWEEN_TRIES
+        else:
+            is_draft = batches.steps_since_try >= STEPS_BETWEEN_TRIES
+        return self._config.num_drafts if is_draft else 0
+
+    def note(self, num_decodes: int, has_drafts: bool, num_tokens: float, seconds: float) -> None:
+        """A step of decodes alone took ``seconds`` and yielded ``num_tokens``."""
+        if self._config.draft is None or num_decodes > self._config.max_draft_seqs:
+            return
+        batches = self._of(num_decodes)
+        is_try = has_drafts != batches.pays
+        batches.steps_since_try = 0 if is_try else batches.steps_since_try + 1
+        if has_drafts:
+            batches.draft_seconds.add(seconds)
+            batches.draft_tokens.add(num_tokens / num_decodes)
+        else:
+            batches.plain_seconds.add(seconds)
+
+    def _of(self, num_decodes: int) -> _Batches:
+        return self._batches.setdefault(self._room(num_decodes), _Batches())
