@@ -102,11 +102,12 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     plain = [BatchShape(rows, count) for rows in decodes for count in counts]
     if config.draft is None:
         return tuple(plain)
-    num_drafts, most = config.num_drafts, min(config.max_draft_seqs, config.max_num_seqs)
+    num_drafts = config.num_drafts
     fewest = -(-8 // (num_drafts + 1))
-    fewer = {fewest, most // 2} if most > 2 * fewest else {fewest}
-    alone = [BatchShape(rows, 0, num_drafts) for rows in sorted(fewer - {most})]
-    return (*plain, *alone, *(BatchShape(max(fewest, most), n, num_drafts) for n in counts))
+    most = max(fewest, min(config.max_draft_seqs, config.max_num_seqs))
+    fewer = sorted({rows for rows in (fewest, most // 2) if fewest <= rows < most})
+    alone = [BatchShape(rows, 0, num_drafts) for rows in fewer]
+    return (*plain, *alone, *(BatchShape(most, count, num_drafts) for count in counts))
 
 
 def fitting_shape(

@@ -142,6 +142,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "often (default: 1 on CPU, else 4)",
     )
     group.add_argument(
+        "--draft",
+        choices=("ngram",),
+        help="guess tokens that the model then verifies, several in one step, where that is "
+        "faster; no token changes. ngram: what came after the last place that looks like the end "
+        "(default: no guesses)",
+    )
+    group.add_argument(
+        "--num-drafts",
+        type=int,
+        default=defaults.num_drafts,
+        metavar="K",
+        help="guesses of a sequence in a step, at most (default: %(default)s)",
+    )
+    group.add_argument(
         "--priority-seconds",
         type=float,
         default=defaults.priority_seconds,

@@ -79,6 +79,8 @@ def engine_config(
         priority_seconds=options.priority_seconds,
         batch_invariant=options.batch_invariant,
         attention=options.attention,
+        draft=options.draft,
+        num_drafts=options.num_drafts,
     )
     memory = options.kv_memory
     if memory is None:

@@ -127,13 +127,14 @@ def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchSha
     Of few requests each program takes longer to compile than it saves.
     """
     choices = sum(request.n for request in requests)
-    rows = min(shape.num_decodes for shape in engine.shapes)
+    rows = min(shape.num_decodes for shape in engine.shapes if not shape.num_drafts)
     if choices > rows:
         return None
     counts, size = engine.config.tile_counts, engine.config.chunk_tile
     tiles = sum(-(-len(request.prompt_token_ids) // size) for request in requests)
     tiles = min((count for count in counts if count >= tiles), default=counts[-1])
-    return [BatchShape(rows, 0), BatchShape(rows, tiles)]
+    drafts = [s for s in engine.shapes if s.num_drafts and not s.num_tiles]
+    return [BatchShape(rows, 0), BatchShape(rows, tiles), *drafts]
 
 
 def make_request(

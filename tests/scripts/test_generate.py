@@ -76,6 +76,15 @@ def test_another_attention_gives_the_same_tokens(run: Run) -> None:
     assert error == "error: --attention tpu runs on TPU only, this is cpu"
 
 
+def test_guesses_change_no_token(run: Run) -> None:
+    arguments = ["--json", "--max-tokens", "30", "--ignore-eos", "ab ab ab ab ab"]
+    (plain,) = run("generate", *arguments).lines
+    (guessed,) = run("generate", "--draft", "ngram", "--num-drafts", "3", *arguments).lines
+    assert guessed["token_ids"] == plain["token_ids"]
+    error = run("generate", "--draft", "ngram", "--num-drafts", "32", "ab").error
+    assert error == "error: num_drafts must be between 1 and 31, got 32"
+
+
 def test_random_seeds_are_told_and_repeat_a_run(run: Run) -> None:
     flags = ["--json", "--max-tokens", "16", "--temperature", "3", "--ignore-eos", "abc"]
     first, second = (run("generate", *flags).lines[0] for _ in range(2))
@@ -217,6 +226,16 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
     monkeypatch.setattr("scripts.generate.load_model", load)
     return engine
+
+
+def test_programs_for_guesses_are_compiled_too() -> None:
+    config = EngineConfig(max_num_seqs=16, draft="ngram", num_drafts=7)
+    planned = cast(Engine, SimpleNamespace(config=config, shapes=batch_shapes(config)))
+    picked = shapes_for(planned, [Request("a", (1,) * 9, 4)])
+    assert picked is not None
+    assert [(s.num_decodes, s.num_tiles, s.num_drafts) for s in picked] == [
+        *((8, 0, 0), (8, 1, 0), (1, 0, 7), (4, 0, 7), (8, 0, 7))
+    ]
 
 
 @pytest.mark.parametrize(
