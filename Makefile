@@ -59,7 +59,7 @@ serve: $(RUNTIME) ## start the server; ARGS are its flags
 	@exec $(PYTHON) scripts/serve.py $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests; ARGS are pytest's
-	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are bench_peers.py's
 	@$(PYTHON) scripts/bench_peers.py --peers '$(PEERS)' --only jaxinfer jaxinfer-fast \

@@ -47,6 +47,12 @@ def pytest_report_header() -> str:
     return f"model: {name} is not cached; tests marked 'model' fetch it once ({size:.0f} MiB)"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of whole programs come first: a file takes minutes, and last it would run alone."""
+    programs = (config.rootpath / "tests", config.rootpath / "tests" / "scripts")
+    items.sort(key=lambda item: item.path.parent not in programs)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_dropped() -> Iterator[None]:
     """Drops a module's compiled programs behind it.
