@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.request import LIMITS
+from jaxinfer.sampling_columns import SamplingColumns
 from jaxinfer.schedule import Schedule, ScheduledSequence
 
 MAX_ENDING_TOKENS = int(LIMITS["num_ending_token_ids"].high)
@@ -46,7 +47,8 @@ class SlotColumns:
     """What a slot's request asks for, [S] each; see ``request.SamplingParams`` for meanings.
 
     ``end_positions``: the position at which ``max_tokens`` is exceeded. ``num_logprobs`` is -1 for
-    none. ``ending_ids`` [S, K] is padded with -1.
+    none. ``ending_ids`` [S, K] is padded with -1. ``cached_lens``: tokens found in the prefix
+    cache, of which the first ``draft_cached_lens`` have keys and values of the draft model, too.
     """
 
     temperature: jax.Array  # float32
@@ -64,6 +66,17 @@ class SlotColumns:
     num_biases: jax.Array
     num_logprobs: jax.Array
     ending_ids: jax.Array
+    cached_lens: jax.Array
+    draft_cached_lens: jax.Array
+
+    def of(self, slots: jax.Array) -> "SlotColumns":
+        """Those of ``slots`` [R], zeros for a slot of S."""
+        return jax.tree.map(lambda column: column.at[slots].get(mode="fill", fill_value=0), self)
+
+    def sampling(self) -> SamplingColumns:
+        """What sampling wants to know of them."""
+        names = SamplingColumns.__dataclass_fields__
+        return SamplingColumns(**{name: getattr(self, name) for name in names})
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +190,7 @@ class Packer:
         decode_slots = [decode.slot for decode in schedule.decodes]
         views["decode_slots"][: len(decode_slots)] = decode_slots
         views["max_tokens"][: len(decode_slots)] = [s.num_tokens for s in schedule.decodes]
-        views["max_drafts"][: len(decode_slots)] = schedule.num_drafts
+        views["max_drafts"][: len(decode_slots)] = [s.num_drafts for s in schedule.decodes]
         width = shape.num_drafts + 1
         rows = list(range(0, width * len(decode_slots), width))
         tile = 0
@@ -235,6 +248,8 @@ class Packer:
             "num_biases": len(sampling.logit_bias),
             "num_logprobs": -1 if request.logprobs is None else request.logprobs,
             "ending_ids": ending + (-1,) * (MAX_ENDING_TOKENS - len(ending)),
+            "cached_lens": len(sequence.cached_token_ids),
+            "draft_cached_lens": sequence.num_draft_cached,
         }
         for name, value in values.items():
             self._slots[name][sequence.slot] = value

@@ -254,6 +254,14 @@ class DtypePolicy:
 
 
 @dataclass(frozen=True)
+class DraftModel:
+    """A smaller model of the same vocabulary that guesses the next tokens of a larger one."""
+
+    model: ModelConfig
+    dtypes: DtypePolicy
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine. Tokens, pages and bytes; every array shape follows from these.
 
@@ -268,9 +276,12 @@ class EngineConfig:
     request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
     ``attention``: name of the backend, instead of the first that takes the case.
 
-    ``draft``: who guesses tokens that the model then verifies, None for nobody; at most
+    ``draft``: who guesses tokens that the model then verifies, None for nobody: the text (ngram),
+    the model's first ``num_draft_layers`` (layers), or a model of its own (model). At most
     ``num_drafts`` of a sequence in a step, and of at most ``max_draft_seqs`` sequences at once.
-    ``adapt_drafts``: where guesses are measured not to pay, steps are plain.
+    ``adapt_drafts``: where guesses are measured not to pay, steps are plain. ``verify``: a guess is
+    accepted if it is the model's own choice with the position's noise (exact, the tokens of plain
+    decoding), or by rejection sampling (rejection, the same distribution, other tokens).
     """
 
     max_num_seqs: int = 16
@@ -285,10 +296,12 @@ class EngineConfig:
     steps_ahead: int = 1
     batch_invariant: bool = True
     attention: str | None = None
-    draft: Literal["ngram"] | None = None
+    draft: Literal["ngram", "layers", "model"] | None = None
+    num_draft_layers: int = 0
     num_drafts: int = 7
     max_draft_seqs: int = 8
     adapt_drafts: bool = True
+    verify: Literal["exact", "rejection"] = "exact"
 
     def __post_init__(self) -> None:
         limits = {
@@ -313,6 +326,11 @@ class EngineConfig:
             raise ValueError(
                 f"max_num_batched_tokens must be a multiple of {self.chunk_tile} (chunk_tile), "
                 f"got {self.max_num_batched_tokens}"
+            )
+        if (self.draft == "layers") != (self.num_draft_layers > 0):
+            raise ValueError(
+                f"num_draft_layers must be 1 or more with draft=layers and 0 without, "
+                f"got {self.num_draft_layers} with draft={self.draft}"
             )
         # A block of KV tokens is a whole number of pages, the same number of tokens for all sizes.
         if self.page_size & (self.page_size - 1):

@@ -36,6 +36,7 @@ class _Batches:
     draft_seconds: _Mean = field(default_factory=_Mean)
     draft_tokens: _Mean = field(default_factory=_Mean)
     steps_since_try: int = 0
+    was_plain: bool = False
 
     @property
     def is_learning(self) -> bool:
@@ -80,6 +81,10 @@ class DraftControl:
         if self._config.draft is None or num_decodes > self._config.max_draft_seqs:
             return
         batches = self._of(num_decodes)
+        catches_up = self._config.draft == "model" and has_drafts and batches.was_plain
+        batches.was_plain = not has_drafts
+        if catches_up:
+            return  # a draft model has read what came without it: the next step tells what it costs
         is_try = has_drafts != batches.pays
         batches.steps_since_try = 0 if is_try else batches.steps_since_try + 1
         if has_drafts:

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.draft_control import DraftControl
+from jaxinfer.drafting import TargetAndDraft
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import (
@@ -34,7 +35,8 @@ from jaxinfer.schedule import (
 )
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import abstract_parameters
-from jaxinfer.step import Parameters, StepResult
+from jaxinfer.step import Parameters
+from jaxinfer.step_state import MAX_BIASES, StepResult, StepState, abstract_state
 
 Progress = Callable[[int, int], None]
 
@@ -59,19 +61,29 @@ class Engine:
 
     ``abstract_parameters`` says which arrays are wanted; give them to ``start``, which allocates
     the KV cache and must come before the first step. ``compile`` may run before or meanwhile.
+    With ``draft``, which ``config.draft`` must ask for, ``abstract_draft_parameters`` are its own.
     """
 
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        dtypes: DtypePolicy,
+        mesh: Mesh,
+        draft: DraftModel | None = None,
     ) -> None:
+        _check_draft(model, config, draft)
         self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
+        self.draft = draft
         self._platform = mesh.devices.flat[0].platform
         if config.batch_invariant and self._platform == "cpu" and dtypes.weights == "float32":
             _warn_of_many_threads()
-        served = model.served(config.max_model_len)
-        self._graph, state = models.abstract(served, dtypes, mesh)
-        self.abstract_parameters = abstract_parameters(state, mesh)
-        self._abstract_state = step_program.abstract_state(model, config, dtypes, mesh)
+        graph, self.abstract_parameters = self._abstract(model, dtypes)
+        draft_graph, self.abstract_draft_parameters = None, None
+        if draft:
+            draft_graph, self.abstract_draft_parameters = self._abstract(draft.model, draft.dtypes)
+        self._graphs = TargetAndDraft(graph, draft_graph)
+        self._abstract_state = abstract_state(model, config, dtypes, mesh, draft)
         self.shapes = batch_shapes(config)
         self._programs: dict[BatchShape, Any] = {}
         self._set_slot: Any = None
@@ -80,15 +92,16 @@ class Engine:
         self._read_seconds = 0.0
         self._packer = Packer(config)
         self._in_flight: deque[_Call] = deque()
-        self._parameters: Parameters | None = None
-        self._state: step_program.StepState | None = None
+        self._parameters: TargetAndDraft | None = None
+        self._state: StepState | None = None
         self._host_seconds: defaultdict[str, float] = defaultdict(float)
         self._host_cpu_seconds: defaultdict[str, float] = defaultdict(float)
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache over all devices."""
-        pages = jax.tree.leaves(self._abstract_state.kv_pages)
+        state = self._abstract_state
+        pages = jax.tree.leaves((state.kv_pages, state.draft_kv_pages))
         return sum(array.size * array.dtype.itemsize for array in pages)
 
     @property
@@ -109,9 +122,9 @@ class Engine:
         """What the engine keeps on each of its devices, in bytes."""
         state = self._abstract_state
         return {
-            "parameters": _device_bytes(self.abstract_parameters),
-            "kv cache": _device_bytes(state.kv_pages),
-            "slots": _device_bytes(dataclasses.replace(state, kv_pages=())),
+            "parameters": _device_bytes((self.abstract_parameters, self.abstract_draft_parameters)),
+            "kv cache": _device_bytes((state.kv_pages, state.draft_kv_pages)),
+            "slots": _device_bytes(dataclasses.replace(state, kv_pages=(), draft_kv_pages=())),
             "temporaries": max(self.memory_by_program.values(), default=0),
         }
 
@@ -187,13 +200,15 @@ class Engine:
         )
         self._scheduler = Scheduler(limits)
 
-    def start(self, parameters: Parameters) -> None:
-        """Takes the parameters and allocates the device state.
+    def start(self, parameters: Parameters, draft_parameters: Parameters | None = None) -> None:
+        """Takes the parameters, those of the draft model too, and allocates the device state.
 
-        Raises ``ValueError`` when they are not what ``abstract_parameters`` asks for.
+        Raises ``ValueError`` when they are not what ``abstract_parameters`` and
+        ``abstract_draft_parameters`` ask for.
         """
         check_parameters(self.abstract_parameters, parameters)
-        self._parameters = parameters
+        check_parameters(self.abstract_draft_parameters or {}, draft_parameters or {})
+        self._parameters = TargetAndDraft(parameters, draft_parameters)
         abstract = self._abstract_state
         allocate = jax.jit(
             lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
@@ -279,13 +294,17 @@ class Engine:
             or sampling.presence_penalty != 0
             or sampling.frequency_penalty != 0
         )
-        known = chunk.cached_token_ids if has_penalty else ()
+        known = chunk.cached_token_ids
+        # A draft that looks into the text, and a model that has to catch up.
+        lags = self.config.draft == "model" and chunk.num_draft_cached < len(known)
+        if not (has_penalty or lags or self.config.draft == "ngram"):
+            known = ()
         if not known and not sampling.logit_bias:
             return
         tokens = np.zeros(self.config.max_model_len, np.int32)
         tokens[: len(known)] = known
-        bias_ids = np.zeros(step_program.MAX_BIASES, np.int32)
-        bias_values = np.zeros(step_program.MAX_BIASES, np.float32)
+        bias_ids = np.zeros(MAX_BIASES, np.int32)
+        bias_values = np.zeros(MAX_BIASES, np.float32)
         for i, (token_id, bias) in enumerate(sampling.logit_bias):
             bias_ids[i], bias_values[i] = token_id, bias
         self._state = self._set_slot(
@@ -305,12 +324,27 @@ class Engine:
         if shape is None:
             return step_program.lower_set_slot(self.config, self._abstract_state, self.mesh)
         return step_program.lower(
-            self._graph,
+            self._graphs,
             self.config,
             shape,
-            self.abstract_parameters,
+            TargetAndDraft(self.abstract_parameters, self.abstract_draft_parameters),
             self._abstract_state,
             self.mesh,
+        )
+
+    def _abstract(self, model: ModelConfig, dtypes: DtypePolicy) -> tuple[Any, Parameters]:
+        """A model's graph and its abstract parameters."""
+        graph, state = models.abstract(model.served(self.config.max_model_len), dtypes, self.mesh)
+        return graph, abstract_parameters(state, self.mesh)
+
+
+def _check_draft(model: ModelConfig, config: EngineConfig, draft: DraftModel | None) -> None:
+    if (config.draft == "model") != (draft is not None):
+        raise ValueError(f"config.draft is {config.draft} and draft is {draft}: one is missing")
+    if config.num_draft_layers >= model.num_hidden_layers:
+        raise ValueError(
+            f"a model of {model.num_hidden_layers} layers can guess with its first "
+            f"{model.num_hidden_layers - 1} at most, got {config.num_draft_layers}"
         )
 
 

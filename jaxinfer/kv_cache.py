@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import DraftModel, ModelConfig
 from jaxinfer.sharding import named_sharding, num_tensor_devices, physical_model
 from pallas_kernels import ragged_paged_attention as attention_kernels
 from pallas_kernels.ragged_paged_attention import KVPages
@@ -72,11 +72,16 @@ def plan_num_pages(
     mesh: Mesh,
     prefix_cache: bool = False,
     attention: str | None = None,
+    draft: DraftModel | None = None,
 ) -> int:
     """Pages that fit ``memory_bytes``; without a prefix cache no more than all slots could use.
 
-    ``memory_bytes`` is that of all devices together, of which each has its share.
+    ``memory_bytes`` is that of all devices together, of which each has its share. A page has what
+    ``draft`` keeps of its tokens, too.
     """
-    fitting = memory_bytes // page_bytes(model, page_size, dtype, mesh, attention)
+    size = page_bytes(model, page_size, dtype, mesh, attention)
+    if draft:
+        size += page_bytes(draft.model, page_size, draft.dtypes.kv_cache, mesh, attention)
+    fitting = memory_bytes // size
     most = max_num_seqs * -(-max_model_len // page_size)
     return min(fitting, MAX_PAGES) if prefix_cache else min(fitting, most)

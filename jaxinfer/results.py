@@ -14,7 +14,7 @@ from jaxinfer.schedule import (
     StepOutput,
     TokenLogprobs,
 )
-from jaxinfer.step import NO_TOKEN, StepResult
+from jaxinfer.step_state import NO_TOKEN, StepResult
 
 
 def read_result(
@@ -29,6 +29,8 @@ def read_result(
     if any(s.request.logprobs is not None for s in chain(schedule.decodes, schedule.chunks)):
         logprobs = jax.tree.map(np.asarray, result.logprobs)
     num_drafted = np.asarray(result.num_drafted).sum(axis=0).tolist()
+    draft_lens = np.asarray(result.draft_lens).tolist() if result.draft_lens.size else []
+    num_decode_rows = len(num_drafted) * (num_drafts + 1)
     outputs = []
     for number, (sequence, row) in enumerate(
         zip(chain(schedule.decodes, schedule.chunks), rows, strict=True)
@@ -44,18 +46,16 @@ def read_result(
             entries = tuple(
                 _entry(logprobs, (row + offset,), token_id, wanted) for token_id, offset in found
             )
+        output = SequenceOutput(token_ids, entries)
         if is_decode and num_drafts:
             num_steps = sum(offset == 0 for _, offset in found)
-            outputs.append(
-                SequenceOutput(
-                    token_ids,
-                    entries,
-                    num_drafted=num_drafted[number],
-                    num_accepted=len(token_ids) - num_steps,
-                )
-            )
-        else:
-            outputs.append(SequenceOutput(token_ids, entries))
+            num_accepted = len(token_ids) - num_steps
+            output = replace(output, num_drafted=num_drafted[number], num_accepted=num_accepted)
+        if draft_lens:
+            # Of decodes, then of tiles, of which a chunk's last one counts.
+            at = number if is_decode else len(num_drafted) + row - num_decode_rows
+            output = replace(output, num_draft_tokens=draft_lens[at])
+        outputs.append(output)
     if any(_is_scored(chunk) for chunk in schedule.chunks):
         scores = jax.tree.map(np.asarray, result.prompt_logprobs)
         _add_prompt_logprobs(schedule, outputs, scores)

@@ -14,7 +14,14 @@ from jaxinfer.penalties import adjusted, changes_logits
 from jaxinfer.row_log import row_log
 from jaxinfer.sampling_columns import SamplingColumns, SlotTables
 
-__all__ = ["SamplingColumns", "SlotTables", "gumbel_noise", "sample"]
+__all__ = [
+    "SamplingColumns",
+    "SlotTables",
+    "gumbel_noise",
+    "log_distribution",
+    "sample",
+    "sample_from",
+]
 
 
 def sample(
@@ -51,6 +58,34 @@ def sample(
     return jax.lax.cond(jnp.any(is_sampled | is_changed), choose, lambda: _first_arg_max(logits))
 
 
+def log_distribution(
+    logits: jax.Array,
+    positions: jax.Array,
+    slots: jax.Array,
+    columns: SamplingColumns,
+    tables: SlotTables,
+) -> jax.Array:
+    """[R, V] natural log-probabilities of what ``sample`` draws from; greedy rows have one token.
+
+    -inf for what top_k, top_p and min_p leave out.
+    """
+    is_sampled = (columns.temperature > 0) & (slots < tables.tokens.shape[0])
+    changed = adjusted(logits, positions, slots, columns, tables)
+    scaled, survives = _scaled(changed, columns, is_sampled)
+    token_ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    is_first = token_ids == _first_arg_max(changed)[:, None]
+    survives = jnp.where(is_sampled[:, None], survives, is_first)
+    return jax.nn.log_softmax(jnp.where(survives, scaled, -jnp.inf), axis=-1)
+
+
+def sample_from(
+    logprobs: jax.Array, positions: jax.Array, columns: SamplingColumns, use: int
+) -> jax.Array:
+    """Token ids [R] int32 drawn from ``logprobs`` [R, V], with the noise of this ``use``."""
+    noise = gumbel_noise(columns.seeds, columns.choices, positions, logprobs.shape[-1], use)
+    return _first_arg_max(logprobs + noise)
+
+
 def _first_arg_max(x: jax.Array) -> jax.Array:
     """[R] int32 for ``x`` [R, V]; V - 1 in a row with NaN.
 
@@ -66,6 +101,15 @@ def _draw(
     logits: jax.Array, positions: jax.Array, columns: SamplingColumns, is_sampled: jax.Array
 ) -> jax.Array:
     """[R] int32; rows that are not ``is_sampled`` mean nothing."""
+    scaled, survives = _scaled(logits, columns, is_sampled)
+    noise = gumbel_noise(columns.seeds, columns.choices, positions, logits.shape[-1])
+    return _first_arg_max(jnp.where(survives, scaled + noise, -jnp.inf))
+
+
+def _scaled(
+    logits: jax.Array, columns: SamplingColumns, is_sampled: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits by temperature, 0 at the maximum, and which tokens the filters leave, [R, V] each."""
     # XLA may flush subnormal numbers to 0, and 0 / 0 would be NaN; so would -inf - -inf.
     tiny, lowest = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).min)
     temperature = jnp.maximum(jnp.where(is_sampled, columns.temperature, 1.0), tiny)[:, None]
@@ -82,19 +126,18 @@ def _draw(
         ),
         lambda: by_ratio,
     )
-    noise = gumbel_noise(columns.seeds, columns.choices, positions, logits.shape[-1])
-    survives = _ordered(scaled) >= threshold[:, None]
-    return _first_arg_max(jnp.where(survives, scaled + noise, -jnp.inf))
+    return scaled, _ordered(scaled) >= threshold[:, None]
 
 
 def gumbel_noise(
-    seeds: jax.Array, choices: jax.Array, positions: jax.Array, vocab_size: int
+    seeds: jax.Array, choices: jax.Array, positions: jax.Array, vocab_size: int, use: int = 0
 ) -> jax.Array:
     """[R, V] float32 standard Gumbel noise, -log(-log(u)), u from a hash of all that identifies it.
 
-    A keyed integer hash instead of Threefry: 2 mixings a token instead of 20 rounds.
+    Of another ``use`` it is another noise. A keyed integer hash instead of Threefry: 2 mixings a
+    token instead of 20 rounds.
     """
-    first = _mix(seeds[:, 0] ^ jnp.uint32(0x243F6A88))
+    first = _mix(seeds[:, 0] ^ jnp.uint32(0x243F6A88 + use))
     for word in (seeds[:, 1], choices.astype(jnp.uint32), positions.astype(jnp.uint32)):
         first = _mix(first ^ word) + jnp.uint32(0x9E3779B9)
     second = _mix(first ^ jnp.uint32(0x85A308D3))

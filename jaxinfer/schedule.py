@@ -21,8 +21,10 @@ class ScheduledSequence:
 
     ``admission`` numbers the times a slot was given to a sequence: it tells a preempted sequence
     that came back, or a new request with an old id, from the one a late step output belongs to.
+    Of a decode at most ``num_drafts`` guesses are verified in a step.
     The first chunk of an admission has ``is_first``, and in ``cached_token_ids`` the tokens at
-    positions before ``start``, whose keys and values were found in the prefix cache.
+    positions before ``start``, whose keys and values were found in the prefix cache, of the first
+    ``num_draft_cached`` of them also those of the draft model.
     ``next_token_id`` follows the chunk in the prompt, 0 where it is not known.
     """
 
@@ -37,6 +39,8 @@ class ScheduledSequence:
     token_ids: tuple[int, ...] = ()
     is_first: bool = False
     cached_token_ids: tuple[int, ...] = ()
+    num_draft_cached: int = 0
+    num_drafts: int = 0
     next_token_id: int = 0
 
     @property
@@ -50,8 +54,8 @@ class Schedule:
     """One call: ``decodes`` continue from the token sampled last, ``chunks`` bring known tokens.
 
     A preempted sequence that comes back brings its prompt and its output so far as chunks. Without
-    chunks the device may run ``num_steps`` steps in one call. In a step it may verify
-    ``num_drafts`` guesses of each decode, and a decode yield as many tokens more.
+    chunks the device may run ``num_steps`` steps in one call. ``num_drafts`` is the largest of its
+    decodes' numbers of guesses.
     """
 
     decodes: tuple[ScheduledSequence, ...] = ()
@@ -83,7 +87,8 @@ class SequenceOutput:
     ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device, or
     guesses were wrong: ``num_drafted`` were verified, ``num_accepted`` of them right. ``logprobs``
     go with them where asked for. ``prompt_logprobs`` are those of the tokens at positions
-    ``start + 1 ..`` of a chunk, as far as they are prompt tokens.
+    ``start + 1 ..`` of a chunk, as far as they are prompt tokens. ``num_draft_tokens``: so many
+    have keys and values of the draft model now.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -91,6 +96,7 @@ class SequenceOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_drafted: int = 0
     num_accepted: int = 0
+    num_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_drafted_tokens = 0
         self._num_accepted_tokens = 0
+        # Guesses that are found in the text cost the same however many they are.
+        self._adapts = config.adapt_drafts and config.draft in ("model", "layers")
 
     @property
     def has_unfinished(self) -> bool:
@@ -126,6 +128,7 @@ class Scheduler:
                 rank=(seconds, arrival, choice),
                 salt=f"{domain}:{request.cache_salt}",
                 arrival_seconds=arrival_seconds,
+                num_drafts=self.config.num_drafts,
             )
             for choice in range(request.n)
         )
@@ -161,8 +164,8 @@ class Scheduler:
         num_drafts = self._num_drafts(decoding, num_steps, choose_drafts)
         num_tiles = self._num_tiles(prefilling)
 
-        most = num_steps * (num_drafts + 1)
-        decodes = [s for s in decoding if self._make_room(s, min(most, s.num_remaining_tokens))]
+        new_tokens = {s: self._most_tokens(s, num_steps, num_drafts) for s in decoding}
+        decodes = [s for s in decoding if self._make_room(s, new_tokens[s])]
         chunks: dict[Sequence, int] = {}
         while num_tiles:
             sequence = prefilling.popleft() if prefilling else self._admit(now)
@@ -179,7 +182,7 @@ class Scheduler:
         # above, but never a chunk: these are planned in order of rank.
         return Schedule(
             decodes=tuple(
-                s.schedule_decode(min(most, s.num_remaining_tokens))
+                s.schedule_decode(new_tokens[s], self._drafts_of(s, num_drafts))
                 for s in decodes
                 if s.is_running
             ),
@@ -204,6 +207,8 @@ class Scheduler:
                 # After a preemption some come again.
                 known = len(sequence.prompt_logprobs) - scheduled.start
                 sequence.prompt_logprobs += output.prompt_logprobs[known:]
+            # Of calls that are read in order the later ones have more.
+            sequence.num_draft_tokens = max(sequence.num_draft_tokens, output.num_draft_tokens)
             if scheduled.samples:
                 num_expected = 1 if scheduled.token_ids else scheduled.num_tokens
                 sequence.num_in_flight_tokens -= num_expected
@@ -250,7 +255,7 @@ class Scheduler:
         if any(s.request.logprobs is not None for s in decoding):
             return 1
         num_steps = min(num_steps, max(s.num_remaining_tokens for s in decoding))
-        return num_steps if self._has_room(decoding, num_steps) else 1
+        return num_steps if self._has_room(decoding, num_steps, 0) else 1
 
     def _num_drafts(
         self, decoding: list[Sequence], num_steps: int, choose_drafts: Callable[[int], int]
@@ -258,19 +263,32 @@ class Scheduler:
         """As many as are wanted, where nobody must be preempted for what may be guessed wrong."""
         if not decoding or len(decoding) > self.config.max_draft_seqs:
             return 0
-        num_drafts = choose_drafts(len(decoding))
-        return num_drafts if self._has_room(decoding, num_steps * (num_drafts + 1)) else 0
+        chosen = choose_drafts(len(decoding))
+        num_drafts = max(self._drafts_of(s, chosen) for s in decoding)
+        return num_drafts if self._has_room(decoding, num_steps, num_drafts) else 0
 
-    def _has_room(self, decoding: list[Sequence], most: int) -> bool:
-        """Whether the free pages suffice for up to ``most`` tokens of each."""
+    def _drafts_of(self, sequence: Sequence, num_drafts: int) -> int:
+        """How many of ``num_drafts`` guesses of a step are worth while for a sequence."""
+        return min(num_drafts, sequence.num_drafts) if self._adapts else num_drafts
+
+    def _most_tokens(self, sequence: Sequence, num_steps: int, num_drafts: int) -> int:
+        """Tokens of a call, if all guesses are right."""
+        most = num_steps * (self._drafts_of(sequence, num_drafts) + 1)
+        return min(most, sequence.num_remaining_tokens)
+
+    def _has_room(self, decoding: list[Sequence], num_steps: int, num_drafts: int) -> bool:
+        """Whether the free pages suffice for all that a call may yield."""
         num_pages = sum(
-            max(0, self._num_missing_pages(s, min(most, s.num_remaining_tokens))) for s in decoding
+            max(0, self._num_missing_pages(s, self._most_tokens(s, num_steps, num_drafts)))
+            for s in decoding
         )
         return num_pages <= self.page_pool.num_free
 
     def _count_drafts(self, sequence: Sequence, output: SequenceOutput) -> None:
         sequence.num_drafted_tokens += output.num_drafted
         sequence.num_accepted_tokens += output.num_accepted
+        if self._adapts:
+            sequence.adapt_drafts(output, self.config.num_drafts)
         self._num_drafted_tokens += output.num_drafted
         self._num_accepted_tokens += output.num_accepted
 
@@ -328,6 +346,8 @@ class Scheduler:
         sequence.page_ids = found
         sequence.num_registered_pages = len(found)
         sequence.num_computed_tokens = len(found) * self.config.page_size
+        sequence.num_drafted_pages = self.prefix_cache.num_drafted(found)
+        sequence.num_draft_tokens = sequence.num_drafted_pages * self.config.page_size
         self._num_cached_tokens += sequence.num_computed_tokens
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -351,6 +371,7 @@ class Scheduler:
     def _register(self, sequence: Sequence, *, has_ended: bool = False) -> None:
         known = sequence.num_tokens - has_ended
         self.prefix_cache.register(sequence, min(known, sequence.num_computed_tokens))
+        self.prefix_cache.note_drafted(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Lets the other choices wait once the first one has computed its prompt, or has left."""
@@ -414,7 +435,8 @@ class Scheduler:
         self.page_pool.free(sequence.page_ids, keep=self.prefix_cache)
         sequence.page_ids = []
         sequence.num_computed_tokens = sequence.num_in_flight_tokens = 0
-        sequence.num_registered_pages = 0
+        sequence.num_registered_pages = sequence.num_drafted_pages = 0
+        sequence.num_draft_tokens = 0
         sequence.has_chunk = False
         if sequence.slot is not None:
             self._free_slots.append(sequence.slot)

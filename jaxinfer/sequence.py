@@ -10,6 +10,9 @@ from jaxinfer.schedule import (
     TokenLogprobs,
 )
 
+# How many tokens a sequence whose guesses were all wrong goes on without, before one is tried.
+TOKENS_WITHOUT_DRAFTS = 16
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -33,6 +36,9 @@ class Sequence:
 
     ``salt`` is the domain of the prefix cache; ``digests[i]`` identifies the tokens up to the end
     of page i, and the first ``num_registered_pages`` of ``page_ids`` need not be registered again.
+    ``num_drafts`` guesses are wanted in a step where guesses adapt; ``num_undrafted`` tokens came
+    since the last one. The first ``num_draft_tokens`` are known to have keys and values of the
+    draft model, and the cache knows it of the first ``num_drafted_pages``.
     """
 
     request: Request
@@ -51,11 +57,15 @@ class Sequence:
     has_chunk: bool = False  # since its admission
     digests: list[bytes] = field(default_factory=list)
     num_registered_pages: int = 0
+    num_draft_tokens: int = 0
+    num_drafted_pages: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_drafts: int = 0
+    num_undrafted: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -90,7 +100,22 @@ class Sequence:
         """Choices share their prompt: the first one has its log-probabilities computed."""
         return self.choice == 0 and self.request.prompt_logprobs is not None
 
-    def schedule_decode(self, num_tokens: int) -> ScheduledSequence:
+    def adapt_drafts(self, output: SequenceOutput, most: int) -> None:
+        """Two more guesses where all of a call were right, one less where not; at most ``most``.
+
+        The rule of assisted generation in transformers (Gante 2023), and further down to none:
+        that is tried again some tokens later.
+        """
+        if not output.num_drafted:
+            self.num_undrafted += len(output.token_ids)
+            if not self.num_drafts and self.num_undrafted >= TOKENS_WITHOUT_DRAFTS:
+                self.num_drafts = 1
+            return
+        self.num_undrafted = 0
+        is_right = output.num_accepted == output.num_drafted
+        self.num_drafts = max(0, min(most, self.num_drafts + (2 if is_right else -1)))
+
+    def schedule_decode(self, num_tokens: int, num_drafts: int = 0) -> ScheduledSequence:
         """Counts the next tokens as computed, and those they yield as in flight."""
         assert self.slot is not None
         assert self.admission is not None
@@ -106,6 +131,7 @@ class Sequence:
             num_tokens=num_tokens,
             page_ids=tuple(self.page_ids),
             samples=True,
+            num_drafts=num_drafts,
         )
 
     def schedule_chunk(self, num_tokens: int) -> ScheduledSequence:
@@ -130,6 +156,7 @@ class Sequence:
             token_ids=tuple(self.token_ids[start:end]),
             is_first=is_first,
             cached_token_ids=tuple(self.token_ids[:start]) if is_first else (),
+            num_draft_cached=self.num_draft_tokens if is_first else 0,
             next_token_id=prompt[end] if end < len(prompt) else 0,
         )
 

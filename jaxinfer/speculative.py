@@ -41,8 +41,8 @@ def propose_ngrams(tokens: jax.Array, ends: jax.Array, num_drafts: int) -> tuple
 
 def num_accepted(
     drafts: jax.Array, num_drafts: jax.Array, sampled: jax.Array, ends: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """How many of ``sampled`` [D, K + 1] are new tokens, [D] int32, and if the last is the end.
+) -> jax.Array:
+    """How many of ``sampled`` [D, K + 1] are new tokens, [D] int32.
 
     ``drafts`` [D, K], of which ``num_drafts`` [D] were verified; ``ends`` [D, K + 1] says which of
     ``sampled`` would end the sequence. With x_1 ... x_K the guesses and y_0 ... y_K what the model
@@ -53,5 +53,4 @@ def num_accepted(
     is_right = (drafts == sampled[:, :-1]) & (steps < num_drafts[:, None])
     count = 1 + jnp.sum(jnp.cumprod(is_right, axis=1, dtype=jnp.int32), axis=1)
     first_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1), ends.shape[1])
-    has_ended = first_end < count
-    return jnp.where(has_ended, first_end + 1, count).astype(jnp.int32), has_ended
+    return jnp.minimum(count, first_end + 1).astype(jnp.int32)

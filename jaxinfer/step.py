@@ -5,7 +5,7 @@ never has to send back a token it has only just received, and may send a step be
 the one before. A call without chunks can run several steps.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,79 +15,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.batch import Batch, BatchShape, packed_size, unpack
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
-from jaxinfer.kv_cache import abstract_kv_pages
+from jaxinfer.config import DtypePolicy, EngineConfig
+from jaxinfer.drafting import Guesses, TargetAndDraft, propose
 from jaxinfer.logprobs import LogprobColumns, token_logprobs
-from jaxinfer.request import LIMITS
-from jaxinfer.sampling import SamplingColumns, SlotTables, sample
+from jaxinfer.rejection import verified
+from jaxinfer.sampling import SlotTables, log_distribution, sample
 from jaxinfer.sharding import named_sharding
-from jaxinfer.speculative import num_accepted, propose_ngrams
+from jaxinfer.speculative import num_accepted
+from jaxinfer.step_state import MAX_BIASES, NO_TOKEN, StepResult, StepState
 from jaxinfer.weights import multiplies_floats
-from pallas_kernels.ragged_paged_attention import KVPages, QueryTiles, RaggedBatch
+from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch
 
 Parameters = dict[Any, Any]
-
-NO_TOKEN = -1  # of a row that had ended, or does not sample
-MAX_BIASES = int(LIMITS["num_logit_bias"].high)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StepState:
-    """Donated device state. L layers, S slots, M = max_model_len, B biases.
-
-    ``kv_pages``: layer by layer. ``tokens`` [S, M] int32: known tokens of each slot's sequence.
-    ``lens`` [S] int32: how many of them have their keys and values in the pages; a decode computes
-    the token at that position. ``has_ended`` [S] bool: the last token ended the sequence, and steps
-    that were sent before the host knew leave the slot alone. ``bias_ids`` [S, B] int32 and
-    ``bias_values`` [S, B] float32: logit_bias, as many as the slot's request has.
-    """
-
-    kv_pages: tuple[KVPages, ...]
-    tokens: jax.Array
-    lens: jax.Array
-    has_ended: jax.Array
-    bias_ids: jax.Array
-    bias_values: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StepResult:
-    """What a call yields, for at most C steps, R logits rows, D decodes, N tiles of B rows.
-
-    ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``num_drafted`` [C, D] int32:
-    guesses of each decode that were verified. ``logprobs`` [R] are those of the
-    last step's tokens, ``prompt_logprobs`` [N, B] those of the token after each chunk row; both
-    zeros where nobody wants them.
-    """
-
-    tokens: jax.Array
-    num_drafted: jax.Array
-    logprobs: LogprobColumns
-    prompt_logprobs: LogprobColumns
-
-
-def abstract_state(
-    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
-) -> StepState:
-    """Shapes and shardings of the state."""
-    whole = named_sharding(mesh)
-    slots = config.max_num_seqs
-
-    def array(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
-    return StepState(
-        kv_pages=abstract_kv_pages(
-            model, config.num_pages, config.page_size, dtypes.kv_cache, mesh, config.attention
-        ),
-        tokens=array((slots, config.max_model_len), jnp.int32),
-        lens=array((slots,), jnp.int32),
-        has_ended=array((slots,), jnp.bool_),
-        bias_ids=array((slots, MAX_BIASES), jnp.int32),
-        bias_values=array((slots, MAX_BIASES), jnp.float32),
-    )
 
 
 def ragged_batch(
@@ -153,18 +92,34 @@ def forward(
 
 
 def step(
-    graph: nnx.GraphDef[Any],
+    graphs: TargetAndDraft,
     config: EngineConfig,
     shape: BatchShape,
-    parameters: Parameters,
+    parameters: TargetAndDraft,
     state: StepState,
     packed: jax.Array,
 ) -> tuple[StepState, StepResult]:
     """One call of the device: one step, or up to ``num_steps`` where the shape has no tiles."""
-    model = nnx.merge(graph, parameters)
+    models = TargetAndDraft(
+        nnx.merge(graphs.target, parameters.target),
+        graphs.draft and nnx.merge(graphs.draft, parameters.draft),
+    )
     batch = unpack(packed, shape, config)
     if shape.num_tiles or config.max_steps_per_call == 1:
-        return one_step(model, config, shape, state, batch)
+        state, result = one_step(models, config, shape, state, batch)
+    else:
+        state, result = several_steps(models, config, shape, state, batch)
+    if config.draft == "model":
+        slots = jnp.concatenate([batch.decode_slots, batch.chunk_slots])
+        draft_lens = state.draft_lens.at[slots].get(mode="fill", fill_value=0)
+        result = replace(result, draft_lens=draft_lens)
+    return state, result
+
+
+def several_steps(
+    models: TargetAndDraft, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
+) -> tuple[StepState, StepResult]:
+    """Up to ``num_steps`` steps of decodes alone, until all have ended or may yield no more."""
 
     def is_going_on(carry: tuple[jax.Array, jax.Array, StepState, StepResult]) -> jax.Array:
         done, left, state, _ = carry
@@ -176,7 +131,7 @@ def step(
         carry: tuple[jax.Array, jax.Array, StepState, StepResult],
     ) -> tuple[jax.Array, jax.Array, StepState, StepResult]:
         done, left, state, results = carry
-        state, result = one_step(model, config, shape, state, replace(batch, max_tokens=left))
+        state, result = one_step(models, config, shape, state, replace(batch, max_tokens=left))
         new = result.tokens[0, : shape.num_decode_rows].reshape(shape.num_decodes, -1)
         left = left - jnp.sum(new != NO_TOKEN, axis=1, dtype=jnp.int32)
         tokens = results.tokens.at[done].set(result.tokens[0])
@@ -185,7 +140,7 @@ def step(
 
     nothing = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(lambda: one_step(model, config, shape, state, batch)[1]),
+        jax.eval_shape(lambda: one_step(models, config, shape, state, batch)[1]),
     )
     num_calls = config.max_steps_per_call
     nothing = replace(
@@ -199,14 +154,15 @@ def step(
 
 
 def one_step(
-    model: Any, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
+    models: TargetAndDraft, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
 ) -> tuple[StepState, StepResult]:
     """One step over the batch; decodes that have ended or may yield no more are padding."""
-    num_slots, max_drafts = config.max_num_seqs, shape.num_drafts
+    model, num_slots, max_drafts = models.target, config.max_num_seqs, shape.num_drafts
     is_done = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
     is_done |= batch.max_tokens <= 0
     batch = replace(batch, decode_slots=jnp.where(is_done, num_slots, batch.decode_slots))
-    drafts, num_drafts, state = _propose(state, batch, max_drafts)
+    guesses, state = propose(models, config, shape, state, batch)
+    drafts, num_drafts = guesses.drafts, guesses.num_drafts
     hidden, ragged, state = forward(model, state, batch, config, num_drafts, max_drafts)
 
     last = jnp.maximum(batch.chunk_lens - 1, 0)
@@ -217,14 +173,15 @@ def one_step(
     chunk_slots = jnp.where(batch.chunk_samples > 0, batch.chunk_slots, num_slots)
     decode_slots = jnp.where(ragged.decodes.is_real(), batch.decode_slots[:, None], num_slots)
     slots = jnp.concatenate([decode_slots.reshape(-1), chunk_slots])
-    columns = jax.tree.map(
-        lambda column: column.at[slots].get(mode="fill", fill_value=0), batch.slots
-    )
+    columns = batch.slots.of(slots)
     tables = SlotTables(state.tokens, state.bias_ids, state.bias_values)
-    sampling = SamplingColumns(
-        **{name: getattr(columns, name) for name in SamplingColumns.__dataclass_fields__}
-    )
-    sampled = sample(logits, positions, slots, sampling, tables)
+    sampled = sample(logits, positions, slots, columns.sampling(), tables)
+    if guesses.logprobs is not None:
+        rows = slice(shape.num_decode_rows)
+        of_rows = jax.tree.map(lambda column: column[rows], columns.sampling())
+        logprobs = log_distribution(logits[rows], positions[rows], slots[rows], of_rows, tables)
+        chosen = _verified(guesses, logprobs, sampled[rows], positions[rows], batch)
+        sampled = sampled.at[rows].set(chosen)
 
     ends = jnp.any(sampled[:, None] == columns.ending_ids, axis=1)
     ends &= positions - columns.prompt_lens >= columns.min_tokens
@@ -233,7 +190,7 @@ def one_step(
         # Of a decode's rows those that are new tokens are real, the others padding.
         by_decode = shape.num_decodes, max_drafts + 1
         rows = slice(shape.num_decode_rows)
-        counts, _ = num_accepted(
+        counts = num_accepted(
             drafts, num_drafts, sampled[rows].reshape(by_decode), ends[rows].reshape(by_decode)
         )
         is_new = jnp.arange(max_drafts + 1)[None, :] < counts[:, None]
@@ -241,6 +198,11 @@ def one_step(
     else:
         counts = jnp.ones_like(batch.decode_slots)
     is_real = slots < num_slots
+    if config.draft == "model":
+        # Of what the draft has been fed, that many tokens are real.
+        accepted = state.lens.at[batch.decode_slots].get(mode="fill", fill_value=0) + counts
+        draft_lens = state.draft_lens.at[batch.decode_slots].min(accepted, mode="drop")
+        state = replace(state, draft_lens=draft_lens)
     # Of a slot's rows only the last new one may end it: its others are written as not ended.
     ended = state.has_ended.at[slots].max(ends, mode="drop")
     state = replace(
@@ -252,34 +214,30 @@ def one_step(
     return state, StepResult(
         tokens=jnp.where(is_real, sampled, NO_TOKEN)[None],
         num_drafted=num_drafts[None],
+        draft_lens=jnp.zeros(0, jnp.int32),
         logprobs=token_logprobs(logits, sampled, is_real & (columns.num_logprobs >= 0)),
         prompt_logprobs=score_chunks(model, hidden[shape.num_decode_rows :], batch),
     )
 
 
-def _propose(
-    state: StepState, batch: Batch, max_drafts: int
-) -> tuple[jax.Array, jax.Array, StepState]:
-    """Guesses [D, K], how many of each decode are verified, and the state with them in its table.
-
-    No more than the call may yield, and than the sequence may grow by, its own next token aside.
-    """
-    slots = batch.decode_slots
-    if not max_drafts:
-        none = jnp.zeros_like(slots)
-        return jnp.zeros((*slots.shape, 0), jnp.int32), none, state
-    lens = state.lens.at[slots].get(mode="fill", fill_value=0)
-    tokens = state.tokens.at[slots].get(mode="fill", fill_value=0)
-    drafts, found = propose_ngrams(tokens, lens + 1, max_drafts)
-    ends = batch.slots.end_positions.at[slots].get(mode="fill", fill_value=0)
-    most = jnp.minimum(batch.max_drafts, batch.max_tokens - 1)
-    num_drafts = jnp.minimum(jnp.minimum(found, most), ends - lens - 2)
-    num_drafts = jnp.maximum(num_drafts, 0)
-    steps = jnp.arange(max_drafts, dtype=jnp.int32)[None, :]
-    written = jnp.where(steps < num_drafts[:, None], slots[:, None], state.tokens.shape[0])
-    at = lens[:, None] + 1 + steps
-    state = replace(state, tokens=state.tokens.at[written, at].set(drafts, mode="drop"))
-    return drafts, num_drafts, state
+def _verified(
+    guesses: Guesses, logprobs: jax.Array, sampled: jax.Array, positions: jax.Array, batch: Batch
+) -> jax.Array:
+    """What stands in the decodes' rows after rejection, [D * (K + 1)] int32."""
+    by_decode = guesses.drafts.shape[0], guesses.drafts.shape[1] + 1
+    columns = batch.slots.of(batch.decode_slots)
+    assert guesses.logprobs is not None
+    chosen = verified(
+        guesses.drafts,
+        guesses.num_drafts,
+        guesses.logprobs,
+        logprobs.reshape(*by_decode, -1),
+        sampled.reshape(by_decode),
+        positions.reshape(by_decode),
+        columns.seeds,
+        columns.choices,
+    )
+    return chosen.reshape(-1)
 
 
 def score_chunks(model: Any, hidden: jax.Array, batch: Batch) -> LogprobColumns:
@@ -348,10 +306,10 @@ def compiler_options(
 
 
 def lower(
-    graph: nnx.GraphDef[Any],
+    graphs: TargetAndDraft,
     config: EngineConfig,
     shape: BatchShape,
-    parameters: Parameters,
+    parameters: TargetAndDraft,
     state: StepState,
     mesh: Mesh,
 ) -> Any:
@@ -369,7 +327,7 @@ def lower(
     )
     # Kernels ask for which device they are lowered: it need not be one of this machine.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jitted.trace(graph, config, shape, parameters, state, packed).lower()
+        return jitted.trace(graphs, config, shape, parameters, state, packed).lower()
 
 
 def lower_set_slot(config: EngineConfig, state: StepState, mesh: Mesh) -> Any:

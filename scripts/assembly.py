@@ -18,7 +18,7 @@ from checkpoints.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import KEPT, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import KEPT, DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
@@ -32,6 +32,12 @@ from jaxinfer.sharding import (
 )
 from jaxinfer.step import Parameters
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
+from scripts.draft_options import (
+    add_draft_options,
+    check_vocabulary,
+    draft_kind,
+    draft_model_options,
+)
 from scripts.engine_sizes import DEFAULT_MAX_MODEL_LEN, engine_config
 from scripts.formats import add_format_options, describe_rounding, pick_dtypes
 from scripts.peak_memory import PeakMemory
@@ -49,7 +55,7 @@ class Plan:
     """What will be loaded where, with which sizes; nothing is allocated yet.
 
     ``checkpoint`` is None where a configuration without weights was asked for. ``devices``: of all
-    replicas; ``mesh``: those of the first one.
+    replicas; ``mesh``: those of the first one. ``draft`` guesses where a model was asked to.
     """
 
     checkpoint: Checkpoint | None
@@ -58,6 +64,8 @@ class Plan:
     dtypes: DtypePolicy
     devices: list[Device]
     mesh: Mesh
+    draft: DraftModel | None = None
+    draft_checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class LoadedModel:
     devices: list[Device]
     parameters: Parameters
     checkpoint: Checkpoint
+    draft: DraftModel | None = None
+    draft_parameters: Parameters | None = None
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -141,20 +151,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="decode steps that run in one call while nobody waits: more tokens at once, less "
         "often (default: 1 on CPU, else 4)",
     )
-    group.add_argument(
-        "--draft",
-        choices=("ngram",),
-        help="guess tokens that the model then verifies, several in one step, where that is "
-        "faster; no token changes. ngram: what came after the last place that looks like the end "
-        "(default: no guesses)",
-    )
-    group.add_argument(
-        "--num-drafts",
-        type=int,
-        default=defaults.num_drafts,
-        metavar="K",
-        help="guesses of a sequence in a step, at most (default: %(default)s)",
-    )
+    add_draft_options(group)
     group.add_argument(
         "--priority-seconds",
         type=float,
@@ -209,26 +206,26 @@ def load_model(
     with phases.phase("tokenizer"):
         tokenizer = _build_tokenizer(options.model, checkpoint)
     sampling = checkpoint.default_sampling if options.generation_config else SamplingParams()
-    engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh)
+    engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh, plan.draft)
     shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
-    memory = PeakMemory()
-    with phases.phase(
-        "load", "tensors", lambda: memory.describe() + describe_rounding(checkpoint)
-    ) as progress:
-        parameters = load_parameters(
-            checkpoint,
-            engine.abstract_parameters,
-            progress,
-            num_tensor_devices(plan.mesh),
-            quantized_weights(checkpoint.model, plan.dtypes, plan.mesh),
-            keeps=plan.dtypes.quantization == KEPT,
+    parameters = _load(
+        phases, "load", checkpoint, plan.dtypes, plan.mesh, engine.abstract_parameters
+    )
+    draft_parameters = None
+    if plan.draft and plan.draft_checkpoint and engine.abstract_draft_parameters:
+        draft_parameters = _load(
+            phases,
+            "load draft",
+            plan.draft_checkpoint,
+            plan.draft.dtypes,
+            plan.mesh,
+            engine.abstract_draft_parameters,
         )
-        jax.block_until_ready(parameters)
     with phases.phase("compile", unit="programs") as progress:
         engine.compile(progress, shapes)
     size = f"{config.num_pages} pages of {config.page_size} tokens, "
     with phases.phase("kv cache", note=size + f"{engine.kv_cache_bytes / 2**20:.0f} MiB"):
-        engine.start(parameters)
+        engine.start(parameters, draft_parameters)
     return LoadedModel(
         name=model_name(options.model),
         model=checkpoint.model,
@@ -240,7 +237,33 @@ def load_model(
         devices=plan.devices,
         parameters=parameters,
         checkpoint=checkpoint,
+        draft=plan.draft,
+        draft_parameters=draft_parameters,
     )
+
+
+def _load(
+    phases: Phases,
+    name: str,
+    checkpoint: Checkpoint,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    wanted: Parameters,
+) -> Parameters:
+    """A model's parameters on their devices, in a phase of this ``name``."""
+    memory = PeakMemory()
+    with phases.phase(
+        name, "tensors", lambda: memory.describe() + describe_rounding(checkpoint)
+    ) as progress:
+        parameters = load_parameters(
+            checkpoint,
+            wanted,
+            progress,
+            num_tensor_devices(mesh),
+            quantized_weights(checkpoint.model, dtypes, mesh),
+            keeps=dtypes.quantization == KEPT,
+        )
+        return jax.block_until_ready(parameters)
 
 
 def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
@@ -280,8 +303,15 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
         devices = devices[: num_tensor * options.data_parallel]
     mesh = make_mesh(devices[:num_tensor])
     dtypes = pick_dtypes(options, checkpoint, devices[0])
-    config = engine_config(options, model, dtypes, mesh)
-    return Plan(checkpoint, model, config, dtypes, devices, mesh)
+    draft, draft_checkpoint = None, None
+    if draft_kind(options)[0] == "model":
+        for_draft = draft_model_options(options)
+        draft_checkpoint, smaller = _open_model(options.draft, phases, needs_weights)
+        if checkpoint and draft_checkpoint:
+            check_vocabulary(checkpoint, draft_checkpoint, options.draft)
+        draft = DraftModel(smaller, pick_dtypes(for_draft, draft_checkpoint, devices[0]))
+    config = engine_config(options, model, dtypes, mesh, draft)
+    return Plan(checkpoint, model, config, dtypes, devices, mesh, draft, draft_checkpoint)
 
 
 def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:
@@ -336,9 +366,12 @@ def new_engine(
     if "num_pages" not in changes:
         most = config.max_num_seqs * config.max_pages_per_sequence
         config = dataclasses.replace(config, num_pages=min(most, loaded.engine_config.num_pages))
-    engine = Engine(loaded.model, config, loaded.dtypes, loaded.engine.mesh)
+    draft, draft_parameters = loaded.draft, loaded.draft_parameters
+    if config.draft != "model":
+        draft, draft_parameters = None, None
+    engine = Engine(loaded.model, config, loaded.dtypes, loaded.engine.mesh, draft)
     engine.compile(shapes=shapes)
-    engine.start(loaded.parameters)
+    engine.start(loaded.parameters, draft_parameters)
     return engine
 
 
@@ -347,12 +380,16 @@ def more_engines(loaded: LoadedModel, phases: Phases) -> tuple[Engine, ...]:
     engines, size = [loaded.engine], loaded.engine.mesh.size
     for first in range(size, len(loaded.devices), size):
         mesh = make_mesh(loaded.devices[first : first + size])
-        engine = Engine(loaded.model, loaded.engine_config, loaded.dtypes, mesh)
+        engine = Engine(loaded.model, loaded.engine_config, loaded.dtypes, mesh, loaded.draft)
         name = f"replica {len(engines) + 1}"
         with phases.phase(name, unit="programs") as progress:
             engine.compile(progress)
             placed = jax.tree.map(place, loaded.parameters, engine.abstract_parameters)
-            engine.start(placed)
+            draft_parameters = loaded.draft_parameters
+            if draft_parameters is not None:
+                wanted = engine.abstract_draft_parameters
+                draft_parameters = jax.tree.map(place, draft_parameters, wanted)
+            engine.start(placed, draft_parameters)
         engines.append(engine)
     return tuple(engines)
 

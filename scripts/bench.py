@@ -26,6 +26,7 @@ COMMANDS = {
     "offline": ("bench_offline", "random prompts straight into the engine"),
     "host": ("bench_host", "where the host's time goes in a step"),
     "techniques": ("bench_techniques", "each technique against the naive way"),
+    "speculation": ("bench_speculation", "decoding with guesses against decoding without"),
     "invariance": ("bench_invariance", "the same requests in many arrangements"),
     "load": ("bench_load", "speed and latency against the number of sequences"),
     "serve": ("bench_serve", "a running server, at a rate of requests"),

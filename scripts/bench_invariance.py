@@ -50,6 +50,8 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(sum(run.seconds for run in measured), 3),
             "preemptions": engine.stats.num_preemptions,
             "cached_tokens": engine.stats.num_cached_tokens,
+            "drafted_tokens": engine.stats.num_drafted_tokens,
+            "accepted_tokens": engine.stats.num_accepted_tokens,
         }
         del engine
     figures = describe(loaded) | {"arrangements": results}
@@ -58,12 +60,15 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """The arrangements as text."""
-    lines = [f"{'arrangement':<28} {'equal':>9} {'preemptions':>12} {'cached':>8} {'seconds':>8}"]
+    lines = [
+        f"{'arrangement':<30} {'equal':>9} {'preemptions':>12} {'cached':>8} {'guesses right':>14} "
+        f"{'seconds':>8}"
+    ]
     for name, row in figures["arrangements"].items():
         equal = f"{row['equal']}/{row['requests']}"
         lines.append(
-            f"{name:<28} {equal:>9} {row['preemptions']:>12} {row['cached_tokens']:>8} "
-            f"{row['seconds']:>8.1f}"
+            f"{name:<30} {equal:>9} {row['preemptions']:>12} {row['cached_tokens']:>8} "
+            f"{row['accepted_tokens']:>6}/{row['drafted_tokens']:<7} {row['seconds']:>8.1f}"
         )
     for name, row in figures["cost"].items():
         lines.append(
@@ -98,7 +103,7 @@ def arrangements(
     loaded: LoadedModel, requests: list[Request], longest: int
 ) -> Iterator[tuple[str, Engine, list[list[Request]]]]:
     """(name, engine, batches that are run one after the other); the first is each one alone."""
-    sizes: dict[str, Any] = {"max_model_len": longest}
+    sizes: dict[str, Any] = {"max_model_len": longest, "draft": None, "num_draft_layers": 0}
     sizes["max_num_batched_tokens"] = 256
     page_size = loaded.engine_config.page_size
     singles = [[request] for request in requests]
@@ -120,6 +125,14 @@ def arrangements(
     few = -(-longest // page_size)
     yield "preempted, few pages", engine(num_pages=few), [requests]
     yield "backwards, priorities, 4 steps", engine(max_steps_per_call=4), [backwards]
+    guesses: dict[str, Any] = {"num_drafts": 3, "adapt_drafts": False}
+    yield "guesses from the text", engine(draft="ngram", **guesses), [requests]
+    layers = {"draft": "layers", "num_draft_layers": max(1, loaded.model.num_hidden_layers // 3)}
+    tight = engine(**guesses, **layers, num_pages=3 * few, max_steps_per_call=2)
+    yield "guesses of the first layers", tight, [backwards]
+    del tight
+    if loaded.draft:
+        yield "guesses of a model", engine(draft="model", **guesses), [requests]
 
 
 def cost(loaded: LoadedModel) -> dict[str, Any]:

@@ -271,7 +271,10 @@ async def request(
                 case Delta() if event.token_ids:
                     record.events.append((now, len(event.token_ids)))
                 case Finished():
-                    end, record.num_preemptions = event, event.usage.num_preemptions
+                    end, usage = event, event.usage
+                    record.num_preemptions = usage.num_preemptions
+                    record.num_drafted_tokens = usage.num_drafted_tokens
+                    record.num_accepted_tokens = usage.num_accepted_tokens
     except (ServerError, ValueError, TypeError, OverflowError) as error:
         # ValueError and its like: a prompt that no message can hold, or an event nobody knows.
         record.error = " ".join(str(error).split())[:300]
@@ -327,7 +330,7 @@ def table(figures: dict[str, Any]) -> str:
         *("duration", "total_input_tokens", "total_cached_tokens", "total_output_tokens"),
         *("request_throughput", "request_goodput", "output_throughput", "total_token_throughput"),
         *("max_output_tokens_per_s", "max_concurrent_requests", "num_preemptions"),
-        *("tokens_per_event", "max_send_delay_ms"),
+        *("num_drafted_tokens", "acceptance_rate", "tokens_per_event", "max_send_delay_ms"),
     ]
     lines = [title, *(f"{name:<26}{shown(figures[name]):>12}" for name in single)]
     keys = [key.removesuffix("_ttft_ms") for key in figures if key.endswith("_ttft_ms")]

@@ -14,6 +14,7 @@ import numpy as np
 from jaxinfer.engine import Engine
 from jaxinfer.kv_cache import page_bytes
 from jaxinfer.request import Request
+from scripts import bench_speculation
 from scripts.assembly import LoadedModel, new_engine
 from scripts.measuring import Measured, describe, latencies, measure, random_prompts, requests_of
 from scripts.weight_formats import in_format, weight_bytes
@@ -215,6 +216,29 @@ def quantization(loaded: LoadedModel) -> Iterator[Row]:
         yield faster(f"{title}, batch {size}", "2-4x", "decode tok/s", before, after, None)
 
 
+def speculation(loaded: LoadedModel) -> Iterator[Row]:
+    """Guesses from the text against plain decoding; ``bench.py speculation`` has other drafts."""
+    texts = bench_speculation.prompt_texts()
+    for size, names in ((1, ("edit code", "summarise", "story")), (8, ("edit code",))):
+        plain, guessing = (
+            bench_speculation.engine_for(loaded, size, draft=who) for who in (None, "ngram")
+        )
+        for name in names:
+            requests = bench_speculation.requests_for(loaded, texts[name], size, 128)
+            found = bench_speculation.compared(plain, guessing, requests)
+            right = found["acceptance_rate"]
+            yield faster(
+                f"guesses from the text, {name}, batch {size}",
+                "2-3x",
+                "decode tok/s",
+                found["plain_tokens_per_second"],
+                found["tokens_per_second"],
+                found["tokens_equal"],
+                f"{found['drafted_tokens']} guesses, {100 * right:.0f} % right" if right else "",
+            )
+        del plain, guessing
+
+
 TECHNIQUES = {
     "KV cache against recomputation": kv_cache,
     "paging against reserved maximum lengths": paging,
@@ -222,6 +246,7 @@ TECHNIQUES = {
     "prefix cache": prefix_cache,
     "asynchronous steps": asynchronous_steps,
     "quantization": quantization,
+    "speculation": speculation,
 }
 
 

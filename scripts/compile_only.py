@@ -89,7 +89,7 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
         flags = _dividing_flags(options)
         raise ValueError(refusal(options.model, target, error, flags)) from error
     title = f"{options.model} in {plan.dtypes.matrices} on {target.name}"
-    memory = plan_memory(plan.model, plan.config, plan.dtypes, plan.mesh)
+    memory = plan_memory(plan.model, plan.config, plan.dtypes, plan.mesh, plan.draft)
     limit = generation_of_kind(plan.devices[0].device_kind).hbm_bytes
     if memory.total > limit:
         raise ValueError(
@@ -97,7 +97,7 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
             f"{memory.kv_pages / MIB:.0f} MiB of KV pages; a program may use {limit / MIB:.0f} "
             f"MiB: lower --kv-memory"
         )
-    engine = Engine(plan.model, plan.config, plan.dtypes, plan.mesh)
+    engine = Engine(plan.model, plan.config, plan.dtypes, plan.mesh, plan.draft)
     begun = time.perf_counter()
     try:
         with phases.phase("compile", unit="programs") as progress, jax.set_mesh(plan.mesh):

@@ -5,10 +5,11 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.kv_cache import page_bytes, plan_num_pages
 from jaxinfer.sharding import num_tensor_devices
 from pallas_kernels.ragged_paged_attention import PLATFORMS
+from scripts.draft_options import draft_kind
 from scripts.memory import free_bytes
 from scripts.memory_plan import parameter_bytes, plan_memory
 
@@ -35,13 +36,19 @@ class DoesNotFitError(ValueError):
         config: EngineConfig,
         dtypes: DtypePolicy,
         mesh: Mesh,
+        draft: DraftModel | None = None,
     ) -> None:
         super().__init__(message)
         self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
+        self.draft = draft
 
 
 def engine_config(
-    options: argparse.Namespace, model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh
+    options: argparse.Namespace,
+    model: ModelConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    draft: DraftModel | None = None,
 ) -> EngineConfig:
     """Sizes of the engine; what is not given follows from the model and the platform.
 
@@ -67,6 +74,7 @@ def engine_config(
     if steps is None:
         # A step of a small model on an accelerator takes less time than sending it.
         steps = 1 if device.platform == "cpu" else 4
+    kind, num_draft_layers = draft_kind(options)
     # Checks the sizes themselves before memory is planned with them.
     config = EngineConfig(
         max_num_seqs=options.max_num_seqs,
@@ -79,12 +87,14 @@ def engine_config(
         priority_seconds=options.priority_seconds,
         batch_invariant=options.batch_invariant,
         attention=options.attention,
-        draft=options.draft,
+        draft=kind,
+        num_draft_layers=num_draft_layers,
         num_drafts=options.num_drafts,
+        verify=options.verify,
     )
     memory = options.kv_memory
     if memory is None:
-        memory = default_kv_bytes(model, config, dtypes, mesh, options.data_parallel)
+        memory = default_kv_bytes(model, config, dtypes, mesh, options.data_parallel, draft)
     else:
         check_kv_bytes(memory, mesh, options.data_parallel)
     num_pages = plan_num_pages(
@@ -97,9 +107,13 @@ def engine_config(
         mesh,
         options.prefix_cache,
         options.attention,
+        draft,
     )
     if num_pages * page_size < max_model_len:
         size = page_bytes(model, page_size, dtypes.kv_cache, mesh, options.attention)
+        if draft:
+            kv_dtype = draft.dtypes.kv_cache
+            size += page_bytes(draft.model, page_size, kv_dtype, mesh, options.attention)
         needed = -(-max_model_len // page_size) * size
         raise DoesNotFitError(
             f"a KV cache of {memory / 2**20:.0f} MiB is too small for one sequence of "
@@ -109,6 +123,7 @@ def engine_config(
             config,
             dtypes,
             mesh,
+            draft,
         )
     return dataclasses.replace(config, num_pages=num_pages)
 
@@ -130,7 +145,12 @@ def check_kv_bytes(memory: int, mesh: Mesh, num_replicas: int) -> None:
 
 
 def default_kv_bytes(
-    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh, num_replicas: int
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    num_replicas: int,
+    draft: DraftModel | None = None,
 ) -> int:
     """Memory on all devices of a replica for the KV cache when the user names none.
 
@@ -142,8 +162,10 @@ def default_kv_bytes(
     if free is None:
         return DEFAULT_CPU_KV_BYTES
     if device.platform == "tpu":
-        return num_devices * int(tpu_kv_bytes(model, config, dtypes, mesh, free))
+        return num_devices * int(tpu_kv_bytes(model, config, dtypes, mesh, free, draft))
     loaded = parameter_bytes(model, dtypes, mesh)
+    if draft:
+        loaded += parameter_bytes(draft.model, draft.dtypes, mesh)
     if device.platform == "cpu":  # its devices share the host's memory
         left = max(0, free // num_replicas - num_devices * loaded)
         return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
@@ -151,10 +173,15 @@ def default_kv_bytes(
 
 
 def tpu_kv_bytes(
-    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh, free: int
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    free: int,
+    draft: DraftModel | None = None,
 ) -> int:
     """What of a chip's ``free`` bytes all else leaves to the KV cache, not below 0."""
     smallest = dataclasses.replace(config, num_pages=config.max_pages_per_sequence)
-    plan = plan_memory(model, smallest, dtypes, mesh)
+    plan = plan_memory(model, smallest, dtypes, mesh, draft)
     left = int((free - plan.total + plan.kv_pages + plan.page_copies) * TPU_KV_FRACTION)
     return max(0, left * plan.kv_pages // (plan.kv_pages + plan.page_copies))

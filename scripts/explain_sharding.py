@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxinfer import models, step
+from jaxinfer import models
 from jaxinfer.kv_cache import KV_PAGES_AXES
 from jaxinfer.sharding import (
     abstract_parameters,
@@ -19,6 +19,7 @@ from jaxinfer.sharding import (
     named_sharding,
     num_tensor_devices,
 )
+from jaxinfer.step_state import StepState, abstract_state
 from scripts.assembly import Plan
 
 MIB = 1 << 20
@@ -91,8 +92,8 @@ def _step_state(plan: Plan) -> Iterator[Array]:
             yield _array(f"state.{field.name}", leaf.shape, leaf, ())
 
 
-def _abstract_state(plan: Plan, mesh: Mesh) -> step.StepState:
-    return step.abstract_state(plan.model, plan.config, plan.dtypes, mesh)
+def _abstract_state(plan: Plan, mesh: Mesh) -> StepState:
+    return abstract_state(plan.model, plan.config, plan.dtypes, mesh)
 
 
 def _array(name: str, logical: tuple[int, ...], leaf: Any, axes: Sequence[str | None]) -> Array:

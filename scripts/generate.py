@@ -53,6 +53,8 @@ class Choice:
     stop_string: str | None = None
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     def add(self, output: RequestOutput, seconds: float) -> str:
         """Takes an output of the engine; returns the text that is new."""
@@ -63,6 +65,8 @@ class Choice:
         self.texts.append(told.text)
         self.logprobs += told.output.logprobs
         self.total_seconds = seconds
+        self.num_drafted_tokens = told.output.num_drafted_tokens
+        self.num_accepted_tokens = told.output.num_accepted_tokens
         self.finish_reason = told.output.finish_reason
         self.stop_string = told.stop_string
         return told.text
@@ -219,6 +223,8 @@ def print_result(generation: Generation, options: argparse.Namespace) -> None:
         "usage": {
             "prompt_tokens": len(request.prompt_token_ids),
             "completion_tokens": sum(len(choice.token_ids) for choice in choices),
+            "drafted_tokens": sum(choice.num_drafted_tokens for choice in choices),
+            "accepted_tokens": sum(choice.num_accepted_tokens for choice in choices),
         },
         "timings": {
             "first_token_seconds": round(min(c.first_token_seconds for c in choices), 6),

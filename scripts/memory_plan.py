@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from jaxinfer import models
 from jaxinfer.batch import BatchShape, batch_shapes, packed_size
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.sharding import abstract_parameters, num_tensor_devices, physical_model
-from jaxinfer.step import abstract_state
+from jaxinfer.step_state import abstract_state
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages
 
 MIB = 1 << 20
@@ -48,20 +48,25 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    draft: DraftModel | None = None,
 ) -> MemoryPlan:
     """Weights, pages and slots to the byte, the rest as estimates.
 
     On TPU plain XLA attention copies all pages in every call, once as they are and once as its
     products want them; the kernel writes them in place.
     """
-    state = abstract_state(model, config, dtypes, mesh)
-    rest = dataclasses.replace(state, kv_pages=())
+    state = abstract_state(model, config, dtypes, mesh, draft)
+    rest = dataclasses.replace(state, kv_pages=(), draft_kv_pages=())
     shapes = batch_shapes(config)
-    kv_pages = _device_bytes(state.kv_pages)
+    kv_pages = _device_bytes((state.kv_pages, state.draft_kv_pages))
     in_place = isinstance(state.kv_pages[0], PackedKVPages)
     return MemoryPlan(
-        weights=parameter_bytes(model, dtypes, mesh),
+        weights=parameter_bytes(model, dtypes, mesh)
+        + (parameter_bytes(draft.model, draft.dtypes, mesh) if draft else 0),
         kv_pages=kv_pages,
         slots=_device_bytes(rest) + 4 * packed_size(shapes[-1], config),
         temporaries=_temporary_bytes(model, shapes[-1], config, dtypes, num_tensor_devices(mesh)),

@@ -38,6 +38,8 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     error: str | None = None
 
     @property
@@ -112,7 +114,12 @@ def summarize(
     }
     for name, seconds in values.items():
         figures |= _statistics(name, seconds, percentiles)
+    num_drafted = sum(record.num_drafted_tokens for record in done)
+    num_accepted = sum(record.num_accepted_tokens for record in done)
     return figures | {
+        "num_drafted_tokens": num_drafted,
+        "num_accepted_tokens": num_accepted,
+        "acceptance_rate": round(num_accepted / num_drafted, 4) if num_drafted else None,
         "total_cached_tokens": sum(record.num_cached_tokens for record in done),
         "num_preemptions": sum(record.num_preemptions for record in done),
         "tokens_per_event": round(num_output / num_events, 3) if num_events else None,

@@ -21,6 +21,7 @@ from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, num_tensor_devices, place
 from jaxinfer.step import Parameters
+from jaxinfer.step_state import StepState, abstract_state
 from scripts.assembly import LoadedModel, new_engine
 from scripts.measuring import measure, random_prompts, requests_of
 
@@ -198,7 +199,7 @@ def _logits(
     shape, size = BatchShape(8, TILES), config.max_num_batched_tokens
     program = _program(variant, config, shape)
     packer, window = Packer(config), config.max_model_len - 1
-    abstract = step.abstract_state(variant.model, config, variant.dtypes, variant.engine.mesh)
+    abstract = abstract_state(variant.model, config, variant.dtypes, variant.engine.mesh)
     state = jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
@@ -230,7 +231,7 @@ def _program(variant: LoadedModel, config: EngineConfig, shape: BatchShape) -> A
     mesh = variant.engine.mesh
     graph, _ = models.abstract(variant.model.served(config.max_model_len), dtypes, mesh)
 
-    def run(parameters: Any, state: step.StepState, packed: jax.Array) -> Any:
+    def run(parameters: Any, state: StepState, packed: jax.Array) -> Any:
         model = nnx.merge(graph, parameters)
         hidden, _, state = step.forward(model, state, unpack(packed, shape, config), config)
         return state, model.logits(hidden[shape.num_decodes :])
@@ -238,7 +239,7 @@ def _program(variant: LoadedModel, config: EngineConfig, shape: BatchShape) -> A
     options = step.compiler_options(mesh.devices.flat[0].platform, dtypes, config.batch_invariant)
     jitted = jax.jit(run, donate_argnums=1, compiler_options=options)
 
-    def call(parameters: Any, state: step.StepState, packed: Any) -> Any:
+    def call(parameters: Any, state: StepState, packed: Any) -> Any:
         with jax.set_mesh(mesh):
             return jitted(parameters, state, packed)
 

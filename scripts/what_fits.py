@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.sharding import can_divide_heads, make_mesh
 from scripts.engine_sizes import TPU_KV_FRACTION, DoesNotFitError
 from scripts.memory_plan import MIB, MemoryPlan, plan_memory
@@ -24,7 +24,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     ``flags``: those of the user's that divide the target's chips in another way than the default.
     """
     model, config, dtypes, mesh = error.model, error.config, error.dtypes, error.mesh
-    plan = smallest_plan(model, config, dtypes, mesh)
+    plan = smallest_plan(model, config, dtypes, mesh, error.draft)
     generation = target.generation
     left = generation.hbm_bytes - plan.total + plan.kv_pages + plan.page_copies
     missing = "nothing" if left <= 0 else f"{left / MIB:.0f} MiB"
@@ -38,7 +38,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     others = [other for other in GENERATIONS.values() if other is not generation]
     found = []
     for candidate in (generation, *others):
-        fitting = smallest_slice(model, config, dtypes, candidate)
+        fitting = smallest_slice(model, config, dtypes, candidate, error.draft)
         if fitting is None:
             continue
         if (
@@ -54,7 +54,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     if shorter >= SHORTEST:
         found.append(f"{target.name} with --max-model-len {shorter}")
     for smaller, named in _smaller(dtypes):
-        if smallest_plan(model, config, smaller, mesh).total <= generation.hbm_bytes:
+        if smallest_plan(model, config, smaller, mesh, error.draft).total <= generation.hbm_bytes:
             found.append(f"{target.name} with {named}")
             break  # what loses least
     return f"{reason}. It would fit {', or '.join(found) or 'no TPU that is known here'}"
@@ -74,21 +74,31 @@ def _smaller(dtypes: DtypePolicy) -> Iterator[tuple[DtypePolicy, str]]:
 
 
 def smallest_plan(
-    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, mesh: Mesh
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    draft: DraftModel | None = None,
 ) -> MemoryPlan:
     """The plan with pages for one sequence of ``max_model_len``: what fits holds at least this."""
     smallest = dataclasses.replace(config, num_pages=config.max_pages_per_sequence)
-    return plan_memory(model, smallest, dtypes, mesh)
+    return plan_memory(model, smallest, dtypes, mesh, draft)
 
 
 def smallest_slice(
-    model: ModelConfig, config: EngineConfig, dtypes: DtypePolicy, generation: TpuGeneration
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    generation: TpuGeneration,
+    draft: DraftModel | None = None,
 ) -> TpuTarget | None:
     """The fewest chips that the model can be divided over and fits, None without any."""
     for num_chips in generation.slices:
-        if can_divide_heads(model, num_chips):
+        models = (model, draft.model) if draft else (model,)
+        if all(can_divide_heads(model, num_chips) for model in models):
             target = TpuTarget(generation, num_chips)
-            plan = smallest_plan(model, config, dtypes, make_mesh(topology_devices(target)))
+            mesh = make_mesh(topology_devices(target))
+            plan = smallest_plan(model, config, dtypes, mesh, draft)
             if plan.total <= generation.hbm_bytes:
                 return target
     return None

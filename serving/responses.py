@@ -54,6 +54,8 @@ def finished(output: TextOutput, timings: pb.Timings) -> pb.GenerateResponse:
             num_prompt_tokens=told.num_prompt_tokens,
             num_cached_tokens=told.num_cached_tokens,
             num_output_tokens=told.num_output_tokens,
+            num_drafted_tokens=told.num_drafted_tokens,
+            num_accepted_tokens=told.num_accepted_tokens,
             num_preemptions=told.num_preemptions,
         ),
         timings=timings,

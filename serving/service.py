@@ -197,6 +197,8 @@ class InferenceService:
             accepting=serving.replicas.is_accepting,
             num_cached_tokens=stats.num_cached_tokens,
             num_cached_pages=stats.num_cached_pages,
+            num_drafted_tokens=stats.num_drafted_tokens,
+            num_accepted_tokens=stats.num_accepted_tokens,
         )
 
     @_checked_call

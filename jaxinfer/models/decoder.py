@@ -93,10 +93,15 @@ class Decoder(nnx.Module):
     def __call__(
         self, token_ids: jax.Array, kv_pages: tuple[KVPages, ...], batch: RaggedBatch
     ) -> tuple[jax.Array, tuple[KVPages, ...]]:
-        """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included."""
+        """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included.
+
+        As many layers compute as there are ``kv_pages``, the first ones: all of them, or those that
+        guess for the others.
+        """
         x, ropes = self.embed(token_ids), self.ropes(batch.positions())
         written = []
-        for layer, rope, pages in zip(self.layers, ropes, kv_pages, strict=True):
+        used = len(kv_pages)
+        for layer, rope, pages in zip(self.layers[:used], ropes[:used], kv_pages, strict=True):
             x, pages = layers.traced_once(layer, x, rope, pages, batch)
             written.append(pages)
         return self.normed(x), tuple(written)

@@ -30,7 +30,8 @@ EXPERTS = dataclasses.replace(model_config("qwen3-30b-a3b"), num_hidden_layers=L
 # A target, and which model is compiled for it where it is not the dense one.
 TARGETS = ["v5e-1", "v5e-8", "v6e-1", "v6e-8", "v5p-8", "v5e-8 experts"]
 DTYPES = DtypePolicy.for_platform("tpu")
-# One number of decode rows: four programs. Pages for one sequence, until memory is planned.
+# One number of decode rows: four programs, of which the smallest and the largest are compiled.
+# Pages for one sequence, until memory is planned.
 SIZES = EngineConfig(
     max_num_seqs=8,
     max_num_batched_tokens=512,
@@ -64,7 +65,7 @@ def compiled(name: str) -> Compiled:
     config = dataclasses.replace(SIZES, num_pages=num_pages)
     engine = Engine(model, config, DTYPES, mesh)
     with jax.set_mesh(mesh):
-        engine.compile()
+        engine.compile(shapes=[engine.shapes[0], engine.shapes[-1]])
     return Compiled(engine, plan_memory(model, config, DTYPES, mesh), hbm_bytes)
 
 

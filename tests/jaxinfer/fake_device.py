@@ -64,6 +64,7 @@ class Slot:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     has_ended: bool = False
+    draft_len: int = 0
 
 
 class FakeDevice:
@@ -80,6 +81,8 @@ class FakeDevice:
             [()] * config.page_size for _ in range(config.num_pages)
         ]
         self.salts: list[str | None] = [None] * config.num_pages
+        # What a draft model keeps of the same positions; () where it computed on top of nothing.
+        self.draft_pages = [list(page) for page in self.pages]
         self.slots = [Slot() for _ in range(config.max_num_seqs)]
         self.num_steps = 0
 
@@ -96,7 +99,8 @@ class FakeDevice:
         return StepOutput(tuple(outputs))
 
     def decode(self, scheduled: ScheduledSequence, schedule: Schedule) -> SequenceOutput:
-        slot, num_drafts = self.slots[scheduled.slot], schedule.num_drafts
+        slot, num_drafts = self.slots[scheduled.slot], scheduled.num_drafts
+        assert num_drafts <= schedule.num_drafts <= self.config.num_drafts
         assert slot.admission == scheduled.admission
         assert 1 <= scheduled.num_tokens <= self.config.max_steps_per_call * (num_drafts + 1)
         new: list[int] = []
@@ -110,15 +114,23 @@ class FakeDevice:
             drafts = self.guess(scheduled, slot, num_drafts)[:room]
             num_drafted, num_steps = num_drafted + len(drafts), num_steps + 1
             self.write_guesses(scheduled, slot, drafts)
+            self.run_draft(scheduled, slot, drafts)
+            num_fed = slot.draft_len
             for draft in (*drafts, None):
                 self.compute(scheduled, slot)
                 new.append(self.sample(scheduled, slot))
                 self.num_steps += 1
                 if slot.has_ended or new[-1] != draft:
                     break
+            slot.draft_len = min(num_fed, slot.num_computed)
         num_accepted = len(new) - num_steps
         return SequenceOutput(
-            tuple(new), self.logprobs(scheduled, new, num_steps), (), num_drafted, num_accepted
+            tuple(new),
+            self.logprobs(scheduled, new, num_steps),
+            (),
+            num_drafted,
+            num_accepted,
+            slot.draft_len,
         )
 
     def guess(self, scheduled: ScheduledSequence, slot: Slot, num_drafts: int) -> list[int]:
@@ -140,6 +152,40 @@ class FakeDevice:
             page_id = scheduled.page_ids[position // self.config.page_size]
             self.pages[page_id][position % self.config.page_size] = tuple(known[: position + 1])
 
+    def run_draft(self, scheduled: ScheduledSequence, slot: Slot, drafts: list[int]) -> None:
+        """A draft model catches up, then reads all but the last of its guesses."""
+        if self.config.draft != "model" or not drafts:
+            return
+        known = [*slot.token_ids, *drafts[:-1]]
+        self.write_draft(scheduled, known, slot.draft_len)
+        slot.draft_len = len(known)
+        self.check_draft(scheduled, known)
+
+    def write_draft(self, scheduled: ScheduledSequence, known: list[int], start: int) -> None:
+        for position in range(start, len(known)):
+            page = self.draft_pages[scheduled.page_ids[position // self.config.page_size]]
+            page[position % self.config.page_size] = tuple(known[: position + 1])
+
+    def check_draft(self, scheduled: ScheduledSequence, known: list[int]) -> None:
+        for position in range(len(known)):
+            page = self.draft_pages[scheduled.page_ids[position // self.config.page_size]]
+            assert page[position % self.config.page_size] == tuple(known[: position + 1])
+
+    def chunk_of_draft(self, scheduled: ScheduledSequence, slot: Slot) -> None:
+        """A chunk counts for the draft if it follows on what was there."""
+        if self.config.draft != "model":
+            return
+        if scheduled.is_first:
+            slot.draft_len = scheduled.num_draft_cached
+            self.check_draft(scheduled, slot.token_ids[: slot.draft_len])
+        if slot.draft_len == scheduled.start:
+            self.write_draft(scheduled, slot.token_ids, scheduled.start)
+            slot.draft_len = len(slot.token_ids)
+        else:
+            for position in range(scheduled.start, len(slot.token_ids)):
+                page = self.draft_pages[scheduled.page_ids[position // self.config.page_size]]
+                page[position % self.config.page_size] = ()
+
     def chunk(self, scheduled: ScheduledSequence) -> SequenceOutput:
         slot, end = self.slots[scheduled.slot], scheduled.start + scheduled.num_tokens
         assert len(scheduled.token_ids) == scheduled.num_tokens
@@ -154,6 +200,7 @@ class FakeDevice:
         for token_id in scheduled.token_ids:
             slot.token_ids.append(token_id)
             self.compute(scheduled, slot)
+        self.chunk_of_draft(scheduled, slot)
         new = [self.sample(scheduled, slot)] if scheduled.samples else []
         prompt = scheduled.request.prompt_token_ids
         assert scheduled.next_token_id == (prompt[end] if end < len(prompt) else 0)
@@ -163,7 +210,8 @@ class FakeDevice:
                 TokenLogprobs(prompt[i], -i / 7, 1)
                 for i in range(scheduled.start + 1, min(end + 1, len(prompt)))
             )
-        return SequenceOutput(tuple(new), self.logprobs(scheduled, new), scored)
+        logprobs = self.logprobs(scheduled, new)
+        return SequenceOutput(tuple(new), logprobs, scored, num_draft_tokens=slot.draft_len)
 
     def compute(self, scheduled: ScheduledSequence, slot: Slot) -> None:
         """Writes the next position and attends to all before it."""

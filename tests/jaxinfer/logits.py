@@ -15,6 +15,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import make_mesh
+from jaxinfer.step_state import StepState, abstract_state
 from tests.jaxinfer.tiny import CPU_DTYPES
 
 
@@ -28,7 +29,7 @@ def prompt_logits(
 ) -> np.ndarray:
     """[n, V] float32 after every token of a prompt, computed in chunks of ``num_tiles`` tiles."""
     mesh = make_mesh(jax.devices("cpu")[:1])
-    abstract = step.abstract_state(model, config, dtypes, mesh)
+    abstract = abstract_state(model, config, dtypes, mesh)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     shape, size = BatchShape(8, num_tiles), num_tiles * config.chunk_tile
 
@@ -60,7 +61,7 @@ def _program(
     """Compiled once for all prompts of a model."""
     graph, _ = models.abstract(model.served(config.max_model_len), dtypes)
 
-    def program(parameters: Any, state: step.StepState, packed: jax.Array) -> Any:
+    def program(parameters: Any, state: StepState, packed: jax.Array) -> Any:
         llama = nnx.merge(graph, parameters)
         batch = unpack(packed, shape, config)
         hidden, _, state = step.forward(llama, state, batch, config)

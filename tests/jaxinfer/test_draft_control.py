@@ -46,6 +46,18 @@ def test_batches_of_other_sizes_are_judged_by_themselves() -> None:
     assert control.choose(9) == 0
 
 
+def test_a_step_in_which_a_model_catches_up_is_not_counted() -> None:
+    config = EngineConfig(draft="model", num_drafts=4)
+    control, was_plain, chosen = DraftControl(config, lambda _: 1), True, []
+    for _ in range(300):
+        has_drafts = control.choose(1) > 0
+        seconds = 0.5 if has_drafts and was_plain else 0.01
+        control.note(1, has_drafts, 3 if has_drafts else 1, seconds)
+        was_plain = not has_drafts
+        chosen.append(has_drafts)
+    assert sum(chosen[20:]) > 270
+
+
 def test_without_adaptation_guesses_are_always_made() -> None:
     control = DraftControl(EngineConfig(draft="ngram", adapt_drafts=False), lambda _: 1)
     assert all(run(control, 50, 1, 9))

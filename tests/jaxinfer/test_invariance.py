@@ -20,6 +20,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, make_mesh
+from jaxinfer.step_state import StepState, abstract_state
 from tests.jaxinfer.tiny import CPU_DTYPES, tiny_model
 
 CONFIG = EngineConfig(
@@ -50,7 +51,7 @@ class Probe:
         self.graph, state = models.abstract(self.model, self.dtypes)
         mesh = make_mesh(jax.devices("cpu")[:1])
         self.parameters_shape = abstract_parameters(state, mesh)
-        self.state_shape = step.abstract_state(self.model, CONFIG, self.dtypes, mesh)
+        self.state_shape = abstract_state(self.model, CONFIG, self.dtypes, mesh)
         full = models.build(self.model, self.dtypes, nnx.Rngs(0))
         self.parameters = jax.device_put(nnx.to_pure_dict(nnx.state(full)))
         self.reset()
@@ -101,7 +102,7 @@ class Probe:
         )
 
     def _compile(self, shape: BatchShape, packed: np.ndarray) -> Any:
-        def program(parameters: Any, state: step.StepState, packed: Any) -> Any:
+        def program(parameters: Any, state: StepState, packed: Any) -> Any:
             model = nnx.merge(self.graph, parameters)
             batch = unpack(packed, shape, CONFIG)
             hidden, _, state = step.forward(model, state, batch, CONFIG)

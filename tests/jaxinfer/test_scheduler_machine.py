@@ -167,9 +167,23 @@ class DraftsMachine(SchedulerMachine):
         return self.config.num_drafts if self.num_choices % 4 else 0
 
 
+class DraftModelMachine(DraftsMachine):
+    """The same with a draft model, whose keys and values lag behind now and then."""
+
+    config = dataclasses.replace(
+        TIGHT, max_steps_per_call=2, num_pages=12, draft="model", num_drafts=3
+    )
+
+    def choose_drafts(self, num_decodes: int) -> int:
+        self.num_choices += 1
+        return self.config.num_drafts if self.num_choices % 3 == 0 else 0
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40)
 TestSeveralStepsMachine = SeveralStepsMachine.TestCase
 TestSeveralStepsMachine.settings = settings(max_examples=75, stateful_step_count=40)
 TestDraftsMachine = DraftsMachine.TestCase
 TestDraftsMachine.settings = settings(max_examples=100, stateful_step_count=40)
+TestDraftModelMachine = DraftModelMachine.TestCase
+TestDraftModelMachine.settings = settings(max_examples=100, stateful_step_count=40)

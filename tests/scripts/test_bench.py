@@ -57,12 +57,15 @@ def test_every_arrangement_gives_the_same_tokens(run: Run) -> None:
     sizes += ["--kv-memory", "4MiB", "--page-size", "4", "--no-cost"]
     (figures,) = run("bench", "invariance", *sizes).lines
     arrangements = figures["arrangements"]
-    assert len(arrangements) == 6
+    assert len(arrangements) == 8
     for name, row in arrangements.items():
         assert row["equal"] == row["requests"] == 200, name
     assert arrangements["preempted, few pages"]["preemptions"] > 0
     assert arrangements["again, from the prefix cache"]["cached_tokens"] > 200
     assert arrangements["alone, no prefix cache"]["cached_tokens"] == 0
+    for name in ("guesses from the text", "guesses of the first layers"):
+        row = arrangements[name]
+        assert 0 < row["accepted_tokens"] < row["drafted_tokens"], name
 
 
 def test_load_has_a_point_for_each_concurrency(run: Run, tmp_path: Path) -> None:

@@ -101,7 +101,14 @@ def test_figures_by_hand() -> None:
         # ttft 100 ms; 5 tokens in 3 events; tpot (500 - 100) / 4 = 100 ms; gaps 100 and 300 ms
         record(0.0, (0.1, 1), (0.2, 2), (0.5, 2), num_prompt_tokens=7, num_cached_tokens=4),
         # ttft 300 ms, one token: no tpot, no gap
-        record(1.0, (1.3, 1), num_prompt_tokens=3, num_preemptions=2),
+        record(
+            1.0,
+            (1.3, 1),
+            num_prompt_tokens=3,
+            num_preemptions=2,
+            num_drafted_tokens=8,
+            num_accepted_tokens=6,
+        ),
         record(1.0, (1.1, 9), error="UNAVAILABLE: gone"),
     ]
     figures = summarize(records, 2.0, (50, 99.5), {"ttft": 200.0, "tpot": 100.5})
@@ -130,6 +137,9 @@ def test_figures_by_hand() -> None:
         "mean_e2el_ms": 400.0,
         "total_cached_tokens": 4,
         "num_preemptions": 2,
+        "num_drafted_tokens": 8,
+        "num_accepted_tokens": 6,
+        "acceptance_rate": 0.75,
         "tokens_per_event": 1.5,
         "errors": ["1 x UNAVAILABLE: gone"],
     }

@@ -191,6 +191,8 @@ class FakeEngine:
             num_preemptions=0,
             num_cached_tokens=self.num_cached_tokens,
             num_cached_pages=3,
+            num_drafted_tokens=2 * self._totals[1],
+            num_accepted_tokens=self._totals[1],
         )
 
     def _advance(self, running: _Running) -> RequestOutput:
@@ -217,6 +219,8 @@ class FakeEngine:
             num_prompt_tokens=len(request.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=running.num_output_tokens,
+            num_drafted_tokens=2 * running.num_output_tokens,
+            num_accepted_tokens=running.num_output_tokens,
             queue_seconds=0.0,
         )
 

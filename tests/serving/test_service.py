@@ -33,6 +33,7 @@ def test_streams_started_deltas_finished() -> None:
         usage, timings = finished.usage, finished.timings
         assert (usage.num_prompt_tokens, usage.num_cached_tokens) == (3, 2)
         assert usage.num_output_tokens == 9
+        assert (usage.num_drafted_tokens, usage.num_accepted_tokens) == (18, 9)
         assert timings.queue_seconds == 0.0
         assert timings.time_to_first_token_seconds is not None
         assert timings.total_seconds is not None
@@ -199,6 +200,8 @@ def test_load_counts_live_requests_and_pages() -> None:
             await until(lambda: engine.stats.num_free_pages == NUM_PAGES)
         assert (idle.num_cached_tokens, idle.num_cached_pages) == (4, 3)
         assert (idle.num_live_requests, idle.num_free_pages, idle.accepting) == (0, NUM_PAGES, True)
+        assert (idle.num_drafted_tokens, idle.num_accepted_tokens) == (0, 0)
+        assert busy.num_drafted_tokens == 2 * busy.num_accepted_tokens > 0
         assert busy.num_live_requests == busy.num_running == 1
         assert busy.num_free_pages == NUM_PAGES - 26
         assert busy.uptime_seconds > 0

@@ -177,7 +177,7 @@ def test_real_top_logits() -> None:
     assert parameters is not None
     for prompt in PROMPTS:
         config = EngineConfig(max_num_seqs=1, max_model_len=256, num_pages=16)
-        logits = prompt_logits(engine.model, parameters, prompt["prompt_ids"], config)[-1]
+        logits = prompt_logits(engine.model, parameters.target, prompt["prompt_ids"], config)[-1]
         top = np.argsort(-logits)[:5]
         assert top.tolist() == prompt["top5_ids"]
         np.testing.assert_allclose(logits[top], prompt["top5_logits"], atol=2e-3, rtol=0)

@@ -357,7 +357,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "uptime_seconds", "num_live_requests", "max_live_requests", "accepting", "num_cached_tokens", "num_cached_pages")
+    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "num_prompt_tokens", "num_output_tokens", "num_preemptions", "uptime_seconds", "num_live_requests", "max_live_requests", "accepting", "num_cached_tokens", "num_cached_pages", "num_drafted_tokens", "num_accepted_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +371,8 @@ class GetLoadResponse(_message.Message):
     ACCEPTING_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages: int
@@ -384,7 +386,9 @@ class GetLoadResponse(_message.Message):
     accepting: bool
     num_cached_tokens: int
     num_cached_pages: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., num_live_requests: _Optional[int] = ..., max_live_requests: _Optional[int] = ..., accepting: _Optional[bool] = ..., num_cached_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ...) -> None: ...
+    num_drafted_tokens: int
+    num_accepted_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., num_live_requests: _Optional[int] = ..., max_live_requests: _Optional[int] = ..., accepting: _Optional[bool] = ..., num_cached_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

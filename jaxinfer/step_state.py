@@ -1,0 +1,92 @@
+"""What a step leaves on the device for the next one, and what it yields."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.kv_cache import abstract_kv_pages
+from jaxinfer.logprobs import LogprobColumns
+from jaxinfer.request import LIMITS
+from jaxinfer.sharding import named_sharding
+from pallas_kernels.ragged_paged_attention import KVPages
+
+NO_TOKEN = -1  # of a row that had ended, or does not sample
+MAX_BIASES = int(LIMITS["num_logit_bias"].high)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepState:
+    """Donated device state. L layers, S slots, M = max_model_len, B biases.
+
+    ``kv_pages``: layer by layer. ``tokens`` [S, M] int32: known tokens of each slot's sequence.
+    ``lens`` [S] int32: how many of them have their keys and values in the pages; a decode computes
+    the token at that position. ``draft_kv_pages`` are those of a draft model, under the same page
+    ids, and ``draft_lens`` [S] int32 says of how many tokens they have keys and values: they may
+    lag behind. ``has_ended`` [S] bool: the last token ended the sequence, and steps that were sent
+    before the host knew leave the slot alone. ``bias_ids`` [S, B] int32 and ``bias_values`` [S, B]
+    float32: logit_bias, as many as the slot's request has.
+    """
+
+    kv_pages: tuple[KVPages, ...]
+    draft_kv_pages: tuple[KVPages, ...]
+    tokens: jax.Array
+    lens: jax.Array
+    draft_lens: jax.Array
+    has_ended: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepResult:
+    """What a call yields, for at most C steps, R logits rows, D decodes, N tiles of B rows.
+
+    ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``num_drafted`` [C, D] int32:
+    guesses of each decode that were verified. ``draft_lens`` [D + N] int32: what ``StepState`` has
+    of it for decodes and tiles, [0] without a draft model. ``logprobs`` [R] are those of the last
+    step's tokens, ``prompt_logprobs`` [N, B] those of the token after each chunk row; both zeros
+    where nobody wants them.
+    """
+
+    tokens: jax.Array
+    num_drafted: jax.Array
+    draft_lens: jax.Array
+    logprobs: LogprobColumns
+    prompt_logprobs: LogprobColumns
+
+
+def abstract_state(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    draft: DraftModel | None = None,
+) -> StepState:
+    """Shapes and shardings of the state."""
+    whole = named_sharding(mesh)
+    slots = config.max_num_seqs
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def pages(model: ModelConfig, dtypes: DtypePolicy) -> tuple[KVPages, ...]:
+        return abstract_kv_pages(
+            model, config.num_pages, config.page_size, dtypes.kv_cache, mesh, config.attention
+        )
+
+    return StepState(
+        kv_pages=pages(model, dtypes),
+        draft_kv_pages=pages(draft.model, draft.dtypes) if draft else (),
+        tokens=array((slots, config.max_model_len), jnp.int32),
+        lens=array((slots,), jnp.int32),
+        draft_lens=array((slots,), jnp.int32),
+        has_ended=array((slots,), jnp.bool_),
+        bias_ids=array((slots, MAX_BIASES), jnp.int32),
+        bias_values=array((slots, MAX_BIASES), jnp.float32),
+    )
