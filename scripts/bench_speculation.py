@@ -136,8 +136,22 @@ def engine_for(loaded: LoadedModel, size: int, **changes: Any) -> Engine:
 def requests_for(
     loaded: LoadedModel, text: str, size: int, output_len: int, temperature: float = 0.0
 ) -> list[Request]:
-    """The same task ``size`` times; with a temperature every answer is another."""
-    prompt = tuple(loaded.tokenizer.encode_chat([{"role": "user", "content": text}]))
+    """The same task ``size`` times; with a temperature every answer is another.
+
+    As a chat where the model has a template; what does not fit is cut off at the beginning.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer.has_chat_template:
+        token_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    else:
+        token_ids = tokenizer.encode(text)
+    room = min(MAX_MODEL_LEN, loaded.engine_config.max_model_len) - output_len
+    if room < 1:
+        raise ValueError(
+            f"--output-len {output_len} leaves no room for a prompt in "
+            f"{room + output_len} tokens: lower it"
+        )
+    prompt = tuple(token_ids[-room:]) or (0,)
     return [
         Request(
             str(number),

@@ -20,6 +20,8 @@ MIB = 1 << 20
 # Code of a program, from above, as the compiler of libtpu 0.0.48 made it for 2 to 32 layers.
 DECODES_CODE = 8 * MIB
 TILES_CODE = 16 * MIB
+# Times as much with a draft model that catches up, begins and goes on.
+DRAFT_CODE = 3
 # Equal layers share their code, but not where chips belong to several hosts: of each layer, then.
 DECODES_LAYER_CODE = int(0.8 * MIB)
 TILES_LAYER_CODE = int(3.7 * MIB)
@@ -70,7 +72,10 @@ def plan_memory(
         kv_pages=kv_pages,
         slots=_device_bytes(rest) + 4 * packed_size(shapes[-1], config),
         temporaries=_temporary_bytes(model, shapes[-1], config, dtypes, num_tensor_devices(mesh)),
-        code=sum(_code_bytes(model, shape, mesh) for shape in shapes),
+        code=sum(
+            _code_bytes(model, shape, mesh) * (DRAFT_CODE if draft and shape.num_drafts else 1)
+            for shape in shapes
+        ),
         page_copies=0 if in_place else 2 * kv_pages,
     )
 
