@@ -4,7 +4,8 @@ Tokens do not depend on it: guesses are verified without loss, so that a choice 
 to be wrong.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
@@ -30,37 +31,41 @@ class _Mean:
 
 @dataclass
 class _Batches:
-    """What steps of about as many decodes brought: seconds and tokens a decode, plain and not."""
+    """What steps of about as many decodes took, plain and with guesses."""
 
     plain_seconds: _Mean = field(default_factory=_Mean)
     draft_seconds: _Mean = field(default_factory=_Mean)
-    draft_tokens: _Mean = field(default_factory=_Mean)
     steps_since_try: int = 0
+    is_usual: bool = False  # that steps have guesses
     was_plain: bool = False
 
     @property
     def is_learning(self) -> bool:
         return min(self.plain_seconds.count, self.draft_seconds.count) < STEPS_TO_LEARN
 
-    @property
-    def pays(self) -> bool:
-        """Tokens a second with guesses against those without."""
-        gain = self.draft_tokens.value * self.plain_seconds.value
-        return gain >= self.draft_seconds.value
+    def pays(self, gains: Sequence[float]) -> bool:
+        """Tokens a second with guesses against those without; nothing known is worth a try."""
+        gain = sum(gains) / len(gains) if gains else math.inf
+        return gain * self.plain_seconds.value >= self.draft_seconds.value
 
 
 class DraftControl:
-    """Compares tokens a second of steps with guesses and without, by the number of decodes.
+    """Compares tokens a second of steps with guesses and without.
 
-    ``room(num_decodes)`` tells which compiled program such a step takes: the unit of comparison.
+    What a step takes depends on the program: ``room(num_decodes)`` tells which one it is. What it
+    yields depends on the texts: on each sequence's own guesses so far.
     """
 
     def __init__(self, config: EngineConfig, room: Callable[[int], object]) -> None:
         self._config, self._room = config, room
         self._batches: dict[object, _Batches] = {}
 
-    def choose(self, num_decodes: int) -> int:
-        """How many guesses of each decode to verify in the next step."""
+    def choose(self, gains: Sequence[float | None]) -> int:
+        """How many guesses of each decode to verify in the next step.
+
+        ``gains``: tokens a step that each decode has had with guesses lately, None if it had none.
+        """
+        num_decodes = len(gains)
         if self._config.draft is None or num_decodes > self._config.max_draft_seqs:
             return 0
         if not self._config.adapt_drafts:
@@ -69,15 +74,19 @@ class DraftControl:
         if batches.is_learning:
             # In turns, plain ones first: they are what is lost where guesses are bad.
             is_draft = batches.plain_seconds.count > batches.draft_seconds.count
-        elif batches.pays:
+        elif self._pays(batches, gains):
             # Plain steps become faster or slower too, as sequences grow.
             is_draft = batches.steps_since_try < STEPS_BETWEEN_TRIES
         else:
             is_draft = batches.steps_since_try >= STEPS_BETWEEN_TRIES
         return self._config.num_drafts if is_draft else 0
 
-    def note(self, num_decodes: int, has_drafts: bool, num_tokens: float, seconds: float) -> None:
-        """A step of decodes alone took ``seconds`` and yielded ``num_tokens``."""
+    def _pays(self, batches: _Batches, gains: Sequence[float | None]) -> bool:
+        batches.is_usual = batches.pays([gain for gain in gains if gain is not None])
+        return batches.is_usual
+
+    def note(self, num_decodes: int, has_drafts: bool, seconds: float) -> None:
+        """A step of decodes alone took ``seconds``."""
         if self._config.draft is None or num_decodes > self._config.max_draft_seqs:
             return
         batches = self._of(num_decodes)
@@ -85,13 +94,10 @@ class DraftControl:
         batches.was_plain = not has_drafts
         if catches_up:
             return  # a draft model has read what came without it: the next step tells what it costs
-        is_try = has_drafts != batches.pays
+        is_try = has_drafts != batches.is_usual
         batches.steps_since_try = 0 if is_try else batches.steps_since_try + 1
-        if has_drafts:
-            batches.draft_seconds.add(seconds)
-            batches.draft_tokens.add(num_tokens / num_decodes)
-        else:
-            batches.plain_seconds.add(seconds)
+        mean = batches.draft_seconds if has_drafts else batches.plain_seconds
+        mean.add(seconds)
 
     def _of(self, num_decodes: int) -> _Batches:
         return self._batches.setdefault(self._room(num_decodes), _Batches())

@@ -265,7 +265,7 @@ class Engine:
             return self._scheduler.update(call.schedule, output)
 
     def _note_drafts(self, call: _Call, output: StepOutput) -> None:
-        """How long the device took for steps of decodes alone, and what they yielded."""
+        """How long the device took for steps of decodes alone."""
         now = time.perf_counter()
         # The device began when the call came, or when it had done the one before.
         seconds = now - max(call.sent_seconds, self._read_seconds)
@@ -273,13 +273,9 @@ class Engine:
         schedule = call.schedule
         if self.config.draft is None or schedule.chunks or not schedule.decodes:
             return
-        num_tokens = sum(len(sequence.token_ids) for sequence in output.sequences)
-        num_steps = schedule.num_steps
-        if num_tokens:
-            num_decodes = len(schedule.decodes)
-            self._drafts.note(
-                num_decodes, call.num_drafts > 0, num_tokens / num_steps, seconds / num_steps
-            )
+        if any(sequence.token_ids for sequence in output.sequences):
+            has_drafts = call.num_drafts > 0
+            self._drafts.note(len(schedule.decodes), has_drafts, seconds / schedule.num_steps)
 
     def _room(self, num_decodes: int) -> int:
         """Decodes that a step with guesses has room for, of those compiled."""

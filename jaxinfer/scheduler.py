@@ -25,6 +25,9 @@ from jaxinfer.sequence import Sequence
 
 _rank = attrgetter("rank")
 
+# Tokens a step of each decode with guesses, None if it had none -> how many to verify of each.
+ChooseDrafts = Callable[[list[float | None]], int]
+
 
 class Scheduler:
     """Owns the sequences, the slots, the page pool and the prefix cache. Not thread-safe.
@@ -149,12 +152,13 @@ class Scheduler:
         return [sequence.output(SequenceOutput(), FinishReason.ABORT) for sequence in ended]
 
     def schedule(
-        self, now: float | None = None, choose_drafts: Callable[[int], int] = lambda _: 0
+        self, now: float | None = None, choose_drafts: ChooseDrafts = lambda _: 0
     ) -> Schedule:
         """Plans the next call and takes pages for the positions it computes.
 
         ``now``, on the clock of ``arrival_seconds``, is for telling how long requests waited.
-        ``choose_drafts`` says how many guesses to verify in a step of so many decodes.
+        ``choose_drafts`` says how many guesses to verify in a step, from what each decode has
+        gained by them.
         """
         self._note_last_chunks()
         prefilling = deque(s for s in self._running if s.is_prefilling)
@@ -214,6 +218,8 @@ class Scheduler:
                 sequence.num_in_flight_tokens -= num_expected
                 # Fewer come when the last of them ends the sequence, or guesses were wrong.
                 sequence.num_computed_tokens -= num_expected - len(output.token_ids)
+                if scheduled.num_drafts:
+                    sequence.note_gain(output)
                 self._count_drafts(sequence, output)
                 outputs.append(self._append(sequence, output))
         return outputs
@@ -258,12 +264,12 @@ class Scheduler:
         return num_steps if self._has_room(decoding, num_steps, 0) else 1
 
     def _num_drafts(
-        self, decoding: list[Sequence], num_steps: int, choose_drafts: Callable[[int], int]
+        self, decoding: list[Sequence], num_steps: int, choose_drafts: ChooseDrafts
     ) -> int:
         """As many as are wanted, where nobody must be preempted for what may be guessed wrong."""
         if not decoding or len(decoding) > self.config.max_draft_seqs:
             return 0
-        chosen = choose_drafts(len(decoding))
+        chosen = choose_drafts([s.draft_gain for s in decoding])
         num_drafts = max(self._drafts_of(s, chosen) for s in decoding)
         return num_drafts if self._has_room(decoding, num_steps, num_drafts) else 0
 

@@ -218,10 +218,12 @@ def _guessing(known: Sequence[int], accuracy: float, vocab_size: int) -> Iterato
 
     original = drafting.propose_ngrams
     drafting.propose_ngrams = propose
+    jax.clear_caches()  # or a program traced before would be taken for this one
     try:
         yield
     finally:
         drafting.propose_ngrams = original
+        jax.clear_caches()
 
 
 def table(figures: dict[str, Any]) -> str:

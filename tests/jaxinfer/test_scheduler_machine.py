@@ -81,9 +81,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (request_id, choice) not in self.requests
         assert only_one or not self.scheduler.is_live(request_id)
 
-    def choose_drafts(self, num_decodes: int) -> int:
+    def choose_drafts(self, gains: list[float | None]) -> int:
         """Now some, now none, as adaptation would have it."""
-        assert num_decodes <= self.config.max_num_seqs
+        assert 0 < len(gains) <= self.config.max_num_seqs
+        assert all(gain is None or 1 <= gain <= self.config.num_drafts + 1 for gain in gains)
         return 0
 
     @precondition(lambda self: len(self.in_flight) < 3)
@@ -162,7 +163,7 @@ class DraftsMachine(SchedulerMachine):
     )
     num_choices = 0
 
-    def choose_drafts(self, num_decodes: int) -> int:
+    def choose_drafts(self, gains: list[float | None]) -> int:
         self.num_choices += 1
         return self.config.num_drafts if self.num_choices % 4 else 0
 
@@ -174,7 +175,7 @@ class DraftModelMachine(DraftsMachine):
         TIGHT, max_steps_per_call=2, num_pages=12, draft="model", num_drafts=3
     )
 
-    def choose_drafts(self, num_decodes: int) -> int:
+    def choose_drafts(self, gains: list[float | None]) -> int:
         self.num_choices += 1
         return self.config.num_drafts if self.num_choices % 3 == 0 else 0
 
