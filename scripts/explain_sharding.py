@@ -87,7 +87,7 @@ def _step_state(plan: Plan) -> Iterator[Array]:
     """Everything but the pages; every device has all of it."""
     state = _abstract_state(plan, plan.mesh)
     for field in dataclasses.fields(state):
-        if field.name != "kv_pages":
+        if field.name not in ("kv_pages", "draft_kv_pages"):
             leaf = getattr(state, field.name)
             yield _array(f"state.{field.name}", leaf.shape, leaf, ())
 
