@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
 
-# Weight of the newest step in a mean; steps between two tries of what did not pay.
+# Weight of the newest step in a mean; the most steps between two tries of what did not pay, and the
+# fewest: a few bad guesses at the start of a text say little, so each failed try doubles them.
 NEWEST = 0.1
 STEPS_BETWEEN_TRIES = 64
+FEWEST_STEPS_BETWEEN_TRIES = 8
 # Steps of each kind before a choice: the first after a compilation are slow.
 STEPS_TO_LEARN = 3
 
@@ -36,6 +38,7 @@ class _Batches:
     plain_seconds: _Mean = field(default_factory=_Mean)
     draft_seconds: _Mean = field(default_factory=_Mean)
     steps_since_try: int = 0
+    steps_to_try: int = FEWEST_STEPS_BETWEEN_TRIES  # of guesses where plain steps are usual
     is_usual: bool = False  # that steps have guesses
     was_plain: bool = False
 
@@ -78,11 +81,13 @@ class DraftControl:
             # Plain steps become faster or slower too, as sequences grow.
             is_draft = batches.steps_since_try < STEPS_BETWEEN_TRIES
         else:
-            is_draft = batches.steps_since_try >= STEPS_BETWEEN_TRIES
+            is_draft = batches.steps_since_try >= batches.steps_to_try
         return self._config.num_drafts if is_draft else 0
 
     def _pays(self, batches: _Batches, gains: Sequence[float | None]) -> bool:
         batches.is_usual = batches.pays([gain for gain in gains if gain is not None])
+        if batches.is_usual:
+            batches.steps_to_try = FEWEST_STEPS_BETWEEN_TRIES
         return batches.is_usual
 
     def note(self, num_decodes: int, has_drafts: bool, seconds: float) -> None:
@@ -95,6 +100,8 @@ class DraftControl:
         if catches_up:
             return  # a draft model has read what came without it: the next step tells what it costs
         is_try = has_drafts != batches.is_usual
+        if is_try and has_drafts:
+            batches.steps_to_try = min(2 * batches.steps_to_try, STEPS_BETWEEN_TRIES)
         batches.steps_since_try = 0 if is_try else batches.steps_since_try + 1
         mean = batches.draft_seconds if has_drafts else batches.plain_seconds
         mean.add(seconds)

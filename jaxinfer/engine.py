@@ -82,7 +82,7 @@ class Engine:
         draft_graph, self.abstract_draft_parameters = None, None
         if draft:
             draft_graph, self.abstract_draft_parameters = self._abstract(draft.model, draft.dtypes)
-        self._graphs = TargetAndDraft(graph, draft_graph)
+        self.graphs = TargetAndDraft(graph, draft_graph)
         self._abstract_state = abstract_state(model, config, dtypes, mesh, draft)
         self.shapes = batch_shapes(config)
         self._programs: dict[BatchShape, Any] = {}
@@ -108,6 +108,15 @@ class Engine:
     def programs(self) -> Mapping[BatchShape, Any]:
         """The compiled step of each batch shape; empty before ``compile``."""
         return MappingProxyType(self._programs)
+
+    def replace_program(self, shape: BatchShape, program: Any) -> None:
+        """Runs ``program`` instead of the compiled one: for measurements of other ways.
+
+        It takes and gives what ``step`` does: parameters, state and packed batch; state and result.
+        """
+        if shape not in self._programs:
+            raise KeyError(f"no program of {shape} is compiled")
+        self._programs[shape] = program
 
     @property
     def memory_by_program(self) -> dict[BatchShape, int]:
@@ -320,7 +329,7 @@ class Engine:
         if shape is None:
             return step_program.lower_set_slot(self.config, self._abstract_state, self.mesh)
         return step_program.lower(
-            self._graphs,
+            self.graphs,
             self.config,
             shape,
             TargetAndDraft(self.abstract_parameters, self.abstract_draft_parameters),

@@ -38,7 +38,8 @@ class Sequence:
 
     ``salt`` is the domain of the prefix cache; ``digests[i]`` identifies the tokens up to the end
     of page i, and the first ``num_registered_pages`` of ``page_ids`` need not be registered again.
-    ``draft_gain``: tokens a step that guesses brought lately, 1 for none that was right.
+    ``draft_gain``: tokens a step that guesses brought in the last of ``num_gains`` calls with
+    guesses, 1 for none that was right.
     ``num_drafts`` guesses are wanted in a step where guesses adapt; ``num_undrafted`` tokens came
     since the last one. The first ``num_draft_tokens`` are known to have keys and values of the
     draft model, and the cache knows it of the first ``num_drafted_pages``.
@@ -68,6 +69,7 @@ class Sequence:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     draft_gain: float | None = None
+    num_gains: int = 0
     num_drafts: int = 0
     num_undrafted: int = 0
 
@@ -105,12 +107,13 @@ class Sequence:
         return self.choice == 0 and self.request.prompt_logprobs is not None
 
     def note_gain(self, output: SequenceOutput) -> None:
-        """Tokens a step of a call with guesses; recent ones count more."""
+        """Tokens a step of a call with guesses: a mean at first, then recent ones count more."""
         num_steps = len(output.token_ids) - output.num_accepted
         if num_steps > 0:
             gain = len(output.token_ids) / num_steps
+            self.num_gains += 1
             known = gain if self.draft_gain is None else self.draft_gain
-            self.draft_gain = known + NEWEST_GAIN * (gain - known)
+            self.draft_gain = known + max(NEWEST_GAIN, 1 / self.num_gains) * (gain - known)
 
     def adapt_drafts(self, output: SequenceOutput, most: int) -> None:
         """Two more guesses where all of a call were right, one less where not; at most ``most``.

@@ -5,7 +5,7 @@ never has to send back a token it has only just received, and may send a step be
 the one before. A call without chunks can run several steps.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,6 +27,21 @@ from jaxinfer.weights import multiplies_floats
 from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch
 
 Parameters = dict[Any, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scores:
+    """Of the R rows that a step samples from: decodes with their guesses, then one a tile.
+
+    ``logits`` [R, V] float32; ``positions`` [R] of the tokens to be sampled; ``slots`` [R], S for
+    padding. ``prompt_logprobs``: of chunks, see ``score_chunks``.
+    """
+
+    logits: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+    prompt_logprobs: LogprobColumns
 
 
 def ragged_batch(
@@ -109,11 +124,18 @@ def step(
         state, result = one_step(models, config, shape, state, batch)
     else:
         state, result = several_steps(models, config, shape, state, batch)
-    if config.draft == "model":
-        slots = jnp.concatenate([batch.decode_slots, batch.chunk_slots])
-        draft_lens = state.draft_lens.at[slots].get(mode="fill", fill_value=0)
-        result = replace(result, draft_lens=draft_lens)
-    return state, result
+    return state, with_draft_lens(config, state, batch, result)
+
+
+def with_draft_lens(
+    config: EngineConfig, state: StepState, batch: Batch, result: StepResult
+) -> StepResult:
+    """The result with what the host must know of a draft model: how far its cache has come."""
+    if config.draft != "model":
+        return result
+    slots = jnp.concatenate([batch.decode_slots, batch.chunk_slots])
+    draft_lens = state.draft_lens.at[slots].get(mode="fill", fill_value=0)
+    return replace(result, draft_lens=draft_lens)
 
 
 def several_steps(
@@ -157,22 +179,58 @@ def one_step(
     models: TargetAndDraft, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
 ) -> tuple[StepState, StepResult]:
     """One step over the batch; decodes that have ended or may yield no more are padding."""
-    model, num_slots, max_drafts = models.target, config.max_num_seqs, shape.num_drafts
+    batch = without_ended(config, state, batch)
+    guesses, state = propose(models, config, shape, state, batch)
+    scores, state = verify(models.target, config, shape, state, batch, guesses)
+    return accept(config, shape, state, batch, guesses, scores)
+
+
+def without_ended(config: EngineConfig, state: StepState, batch: Batch) -> Batch:
+    """The batch with decodes as padding that have ended or may yield no more."""
     is_done = state.has_ended.at[batch.decode_slots].get(mode="fill", fill_value=True)
     is_done |= batch.max_tokens <= 0
-    batch = replace(batch, decode_slots=jnp.where(is_done, num_slots, batch.decode_slots))
-    guesses, state = propose(models, config, shape, state, batch)
-    drafts, num_drafts = guesses.drafts, guesses.num_drafts
-    hidden, ragged, state = forward(model, state, batch, config, num_drafts, max_drafts)
+    decode_slots = jnp.where(is_done, config.max_num_seqs, batch.decode_slots)
+    return replace(batch, decode_slots=decode_slots)
 
+
+def verify(
+    model: Any,
+    config: EngineConfig,
+    shape: BatchShape,
+    state: StepState,
+    batch: Batch,
+    guesses: Guesses,
+) -> tuple[Scores, StepState]:
+    """What the target makes of all rows, those of guesses included."""
+    hidden, ragged, state = forward(
+        model, state, batch, config, guesses.num_drafts, shape.num_drafts
+    )
     last = jnp.maximum(batch.chunk_lens - 1, 0)
     tile_rows = shape.num_decode_rows + jnp.arange(shape.num_tiles) * config.chunk_tile + last
-    logits_rows = jnp.concatenate([jnp.arange(shape.num_decode_rows), tile_rows])  # [R]
-    logits = model.logits(hidden[logits_rows])
-    positions = ragged.positions()[logits_rows] + 1  # of the new tokens
+    logits_rows = jnp.concatenate([jnp.arange(shape.num_decode_rows), tile_rows])
+    num_slots = config.max_num_seqs
     chunk_slots = jnp.where(batch.chunk_samples > 0, batch.chunk_slots, num_slots)
     decode_slots = jnp.where(ragged.decodes.is_real(), batch.decode_slots[:, None], num_slots)
-    slots = jnp.concatenate([decode_slots.reshape(-1), chunk_slots])
+    scores = Scores(
+        logits=model.logits(hidden[logits_rows]),
+        positions=ragged.positions()[logits_rows] + 1,
+        slots=jnp.concatenate([decode_slots.reshape(-1), chunk_slots]),
+        prompt_logprobs=score_chunks(model, hidden[shape.num_decode_rows :], batch),
+    )
+    return scores, state
+
+
+def accept(
+    config: EngineConfig,
+    shape: BatchShape,
+    state: StepState,
+    batch: Batch,
+    guesses: Guesses,
+    scores: Scores,
+) -> tuple[StepState, StepResult]:
+    """Samples from ``scores`` and keeps what the rule of acceptance lets stand."""
+    num_slots, max_drafts = config.max_num_seqs, shape.num_drafts
+    logits, positions, slots = scores.logits, scores.positions, scores.slots
     columns = batch.slots.of(slots)
     tables = SlotTables(state.tokens, state.bias_ids, state.bias_values)
     sampled = sample(logits, positions, slots, columns.sampling(), tables)
@@ -191,7 +249,10 @@ def one_step(
         by_decode = shape.num_decodes, max_drafts + 1
         rows = slice(shape.num_decode_rows)
         counts = num_accepted(
-            drafts, num_drafts, sampled[rows].reshape(by_decode), ends[rows].reshape(by_decode)
+            guesses.drafts,
+            guesses.num_drafts,
+            sampled[rows].reshape(by_decode),
+            ends[rows].reshape(by_decode),
         )
         is_new = jnp.arange(max_drafts + 1)[None, :] < counts[:, None]
         slots = slots.at[rows].set(jnp.where(is_new.reshape(-1), slots[rows], num_slots))
@@ -213,10 +274,10 @@ def one_step(
     )
     return state, StepResult(
         tokens=jnp.where(is_real, sampled, NO_TOKEN)[None],
-        num_drafted=num_drafts[None],
+        num_drafted=guesses.num_drafts[None],
         draft_lens=jnp.zeros(0, jnp.int32),
         logprobs=token_logprobs(logits, sampled, is_real & (columns.num_logprobs >= 0)),
-        prompt_logprobs=score_chunks(model, hidden[shape.num_decode_rows :], batch),
+        prompt_logprobs=scores.prompt_logprobs,
     )
 
 

@@ -185,8 +185,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def largest_shape(engine: Engine, *_: object) -> Sequence[BatchShape]:
-    """For work that is all prompt, and for programs that make further engines."""
-    return engine.shapes[-1:]
+    """For work that is all prompt, and for programs that make further engines: no guesses."""
+    return [shape for shape in engine.shapes if not shape.num_drafts][-1:]
 
 
 def load_model(

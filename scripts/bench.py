@@ -27,6 +27,7 @@ COMMANDS = {
     "host": ("bench_host", "where the host's time goes in a step"),
     "techniques": ("bench_techniques", "each technique against the naive way"),
     "speculation": ("bench_speculation", "decoding with guesses against decoding without"),
+    "programs": ("bench_programs", "a step with guesses as one program, as two and as three"),
     "invariance": ("bench_invariance", "the same requests in many arrangements"),
     "load": ("bench_load", "speed and latency against the number of sequences"),
     "serve": ("bench_serve", "a running server, at a rate of requests"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxinfer.engine import Engine
 from jaxinfer.request import SamplingParams
-from scripts.assembly import LoadedModel, new_engine
+from scripts.assembly import LoadedModel, largest_shape, new_engine
 from scripts.bench_scheduler import scheduler_times
 from scripts.measuring import describe, measure, random_prompts, requests_of
 from serving.tokenizer import Detokenizer
@@ -52,7 +52,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a decode step, all slots in use: waiting for each, ahead, and several a call."""
     figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.engine_config.max_num_seqs}
-    shapes = [loaded.engine.shapes[-1]]
+    shapes = [*largest_shape(loaded.engine)]
     shapes += [shape for shape in loaded.engine.shapes if not shape.num_tiles]
     for name, changes in ARRANGEMENTS.items():
         engine = new_engine(loaded, shapes, **changes)

@@ -1,5 +1,7 @@
 """Whether to guess, decided by what guessing brought."""
 
+import itertools
+
 import pytest
 
 from jaxinfer.config import EngineConfig
@@ -38,6 +40,18 @@ def test_another_text_is_judged_at_once() -> None:
     assert sum(run(control, 100, 4, 1.2)) >= 97
 
 
+def test_a_bad_beginning_is_forgiven_soon() -> None:
+    """Guesses that fail at a text's start are tried again after few steps, then more seldom."""
+    control = DraftControl(CONFIG, lambda _: 1)
+    run(control, 50, 3, 1.9)
+    tries = [i for i, is_draft in enumerate(run(control, 200, 1.5, 1.9)) if is_draft]
+    gaps = [after - before for before, after in itertools.pairwise(tries)]
+    assert gaps == sorted(gaps)
+    assert tries[0] <= 8
+    assert gaps[-1] == STEPS_BETWEEN_TRIES + 1
+    assert len(tries) <= 6
+
+
 def test_seconds_may_change() -> None:
     control = DraftControl(CONFIG, lambda _: 1)
     assert sum(run(control, 100, 2, 3)) < 10
@@ -46,7 +60,7 @@ def test_seconds_may_change() -> None:
 
 def test_sequences_of_which_nothing_is_known_do_not_vote() -> None:
     control = DraftControl(CONFIG, lambda _: 1)
-    run(control, 20, 2, 2)
+    run(control, 8, 1.5, 2)
     assert control.choose([1.1, None, None]) == 0
     assert control.choose([3.0, None, 1.2]) == 4
     assert control.choose([None, None]) == 4

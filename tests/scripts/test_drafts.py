@@ -101,3 +101,23 @@ def test_a_draft_of_other_sizes(run: Run, tmp_path: Path) -> None:
     found, usage = tokens(run, "--draft", str(path))
     assert found == plain
     assert usage["drafted_tokens"] > 0
+
+
+def test_bench_with_a_draft_model(run: Run, model_path: Path) -> None:
+    """Greedy and seeded, by both rules; the same weights guess, so nearly all is right."""
+    sizes = ["--output-len", "12", "--num-drafts", "2", "--temperature", "0.8", "--json"]
+    (figures,) = run("bench", "speculation", "--draft", str(model_path), *sizes).lines
+    assert [row["verify"] for row in figures["rows"]] == ["exact"] * 4 + ["rejection"] * 4
+    for row in figures["rows"]:
+        assert row["tokens_equal"] is (True if row["verify"] == "exact" else None)
+        assert row["acceptance_rate"] > 0.9
+    assert figures["pays_up_to"].keys() == {row["text"] for row in figures["rows"]}
+
+
+def test_a_step_in_parts_gives_the_same_tokens(run: Run, model_path: Path) -> None:
+    sizes = ["--output-len", "12", "--rounds", "1", "--num-drafts", "2", "--json"]
+    for who in ("ngram", "layers:1", str(model_path)):
+        (figures,) = run("bench", "programs", "--draft", who, *sizes).lines
+        assert figures["tokens_equal"]
+        assert figures["acceptance_rate"] > 0
+        assert len(figures["ms_per_token"]) == 4
