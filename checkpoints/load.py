@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints.gguf import GGUFCheckpoint
-from checkpoints.gguf_file import MAGIC
-from checkpoints.hugging_face import CONFIG, HuggingFaceCheckpoint
+from checkpoints.converted.checkpoint import DESCRIPTION, OrbaxCheckpoint
+from checkpoints.gguf.checkpoint import GGUFCheckpoint
+from checkpoints.gguf.file import MAGIC
+from checkpoints.hugging_face.checkpoint import CONFIG, HuggingFaceCheckpoint
 from checkpoints.maker import Maker, Weights
-from checkpoints.orbax import DESCRIPTION, OrbaxCheckpoint
 from checkpoints.parameters import ParameterPath
 from checkpoints.shard_name import without_later_shards
 from jaxinfer.config import AnyTokenizer, ModelConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from checkpoints.gguf_blocks import aligned_empty
+from checkpoints.gguf.blocks import aligned_empty
 
 ParameterPath = tuple[str | int, ...]
 Shape = tuple[int, ...]

@@ -22,8 +22,6 @@ from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
 from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
-from jaxinfer.draft_control import DraftControl
-from jaxinfer.drafting import TargetAndDraft
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import (
@@ -35,6 +33,8 @@ from jaxinfer.schedule import (
 )
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import abstract_parameters
+from jaxinfer.speculation.draft_control import DraftControl
+from jaxinfer.speculation.drafting import TargetAndDraft
 from jaxinfer.step import Parameters
 from jaxinfer.step_state import MAX_BIASES, StepResult, StepState, abstract_state
 

@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 
 from jaxinfer.batch import Batch, BatchShape, packed_size, unpack
 from jaxinfer.config import DtypePolicy, EngineConfig
-from jaxinfer.drafting import Guesses, TargetAndDraft, propose
 from jaxinfer.logprobs import LogprobColumns, token_logprobs
-from jaxinfer.rejection import verified
 from jaxinfer.sampling import SlotTables, log_distribution, sample
 from jaxinfer.sharding import named_sharding
-from jaxinfer.speculative import num_accepted
+from jaxinfer.speculation.drafting import Guesses, TargetAndDraft, propose
+from jaxinfer.speculation.rejection import verified
+from jaxinfer.speculation.speculative import num_accepted
 from jaxinfer.step_state import MAX_BIASES, NO_TOKEN, StepResult, StepState
 from jaxinfer.weights import multiplies_floats
 from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch

@@ -10,14 +10,15 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA:CPU's threads, the same on every machine: see scripts/platforms.py for what hangs on them.
+# XLA:CPU's threads, the same on every machine: see loading/devices.py for what hangs
+# on them.
 os.environ.setdefault("NPROC", "2")
 
 import jax
 import pytest
 from hypothesis import settings
 
-from checkpoints.catalog import CATALOG, is_cached
+from checkpoints.fetch.catalog import CATALOG, is_cached
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -49,7 +50,7 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of whole programs come first: a file takes minutes, and last it would run alone."""
-    programs = (config.rootpath / "tests", config.rootpath / "tests" / "scripts")
+    programs = (config.rootpath / "tests", config.rootpath / "tests" / "jaxinfer_entrypoints")
     items.sort(key=lambda item: item.path.parent not in programs)
 
 
@@ -74,7 +75,7 @@ def many_devices() -> Iterator[ManyDevices]:
     """Runs functions in a process that has eight CPU devices.
 
     Not in this one: XLA:CPU starts at least as many threads as devices, divides sums between them,
-    and a row's bits would then depend on its batch (see scripts/platforms.py).
+    and a row's bits would then depend on its batch (see jaxinfer_entrypoints/loading/devices.py).
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_take_eight_devices) as process:

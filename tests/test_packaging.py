@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "jaxinfer", "pallas_kernels", "scripts", "serving")
+PACKAGES = ("checkpoints", "jaxinfer", "jaxinfer_entrypoints", "pallas_kernels", "serving")
 DATA_SUFFIXES = {".py", ".pyi", ".json", ".proto", ".typed"}
 
 
@@ -43,7 +43,8 @@ def test_wheel_holds_every_module_and_data_file(unpacked_wheel: Path) -> None:
 
 
 def test_wheel_imports_without_the_checkout(unpacked_wheel: Path) -> None:
-    code = "import checkpoints, jaxinfer.scheduler, pallas_kernels, scripts, serving.proto as p"
+    code = "import checkpoints, jaxinfer.scheduler, pallas_kernels, serving.proto as p\n"
+    code += "import jaxinfer_entrypoints.serve"
     result = subprocess.run(
         [sys.executable, "-c", f"{code}; print(p.__file__)"],
         cwd=unpacked_wheel,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints.tiny_gguf import UINT32, llama_bytes
+from tests.checkpoints.gguf.tiny_gguf import UINT32, llama_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,14 +37,17 @@ ELSEWHERE = {
         '"--compile-only"',
     ),
     r"make (?:peers|bench-peers)\b.*": (
-        "tests/scripts/test_bench_peers.py",
+        "tests/jaxinfer_entrypoints/benchmarks/test_peers.py",
         "def test_make_",
     ),
     r".*bench(?:\.py)? invariance\b.*": (
-        "tests/scripts/test_bench.py",
+        "tests/jaxinfer_entrypoints/test_bench.py",
         'run("bench", "invariance"',
     ),
-    r".*bench(?:\.py)? load\b.*": ("tests/scripts/test_bench.py", 'run("bench", "load"'),
+    r".*bench(?:\.py)? load\b.*": (
+        "tests/jaxinfer_entrypoints/test_bench.py",
+        'run("bench", "load"',
+    ),
     r"uv build --wheel": ("tests/test_wheel.py", 'run_tool(uv, "build", "--wheel"'),
     r"(?:uv )?pip install .*": ("tests/test_wheel.py", "def test_the_installed_server"),
 }
@@ -293,7 +296,7 @@ SCRIPTS = [c.text for c in COMMANDS if re.match(r"\S*python3? scripts/", c.text)
 def test_a_script_takes_its_arguments(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those as well that run elsewhere, with other arguments."""
     _, script, *arguments = shlex.split(re.sub(r" [<>|&].*", "", text))
-    module = importlib.import_module(f"scripts.{Path(script).stem}")
+    module = importlib.import_module(f"jaxinfer_entrypoints.{Path(script).stem}")
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     status: object = 0
     try:
@@ -304,7 +307,7 @@ def test_a_script_takes_its_arguments(text: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_flag_exists() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "jaxinfer_entrypoints").rglob("*.py"))
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert flags
     assert {flag for flag in flags if f'"{flag}"' not in sources} == set()

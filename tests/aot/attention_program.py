@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.sharding import make_mesh, named_sharding
+from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 from pallas_kernels.ragged_paged_attention import (
     QueryTiles,
     RaggedBatch,
     abstract_kv_pages,
     ragged_paged_attention,
 )
-from scripts.tpu_targets import parse_target
-from scripts.tpu_topology import topology_devices
 
 NUM_PAGES = 1024
 NUM_DECODES, NUM_TILES, CHUNK_ROWS = 64, 4, 128

@@ -12,10 +12,10 @@ from jax.experimental.layout import Format, Layout
 
 from jaxinfer.sharding import device_format, make_mesh, named_sharding
 from jaxinfer.weights.split import split_product
+from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 from pallas_kernels.quantized_matmul import grouped_matmul, int8_matmul, tpu_blocks
 from pallas_kernels.quantized_matmul.tpu_blocks import Blocks
-from scripts.tpu_targets import parse_target
-from scripts.tpu_topology import topology_devices
 
 # Bits of values and, of groups: G, and whether there are minimums; of activations for the others.
 FORMATS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts.tpu_targets import TpuGeneration, parse_target
+from jaxinfer_entrypoints.machine.tpu_targets import TpuGeneration, parse_target
 from tests.aot.matmul_program import FORMATS, MATRICES, ROWS, kernel_name
 from tests.aot.static_schedule import count_bundles
 

@@ -18,11 +18,11 @@ from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, batch_shapes
 from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig
-from jaxinfer.drafting import TargetAndDraft
 from jaxinfer.sharding import abstract_parameters, make_mesh
+from jaxinfer.speculation.drafting import TargetAndDraft
 from jaxinfer.step_state import abstract_state
-from scripts.tpu_targets import parse_target
-from scripts.tpu_topology import topology_devices
+from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -17,10 +17,10 @@ from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.engine import Engine
 from jaxinfer.kv_cache import plan_num_pages
 from jaxinfer.sharding import make_mesh
-from scripts.engine_sizes import tpu_kv_bytes
-from scripts.memory_plan import MemoryPlan, plan_memory
-from scripts.tpu_targets import parse_target
-from scripts.tpu_topology import topology_devices
+from jaxinfer_entrypoints.loading.sizes import tpu_kv_bytes
+from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
+from jaxinfer_entrypoints.memory.plan import MemoryPlan, plan_memory
 
 pytestmark = pytest.mark.timeout(600)
 

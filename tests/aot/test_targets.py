@@ -1,4 +1,4 @@
-"""What scripts/tpu_targets.py says of chips, against what the compiler says."""
+"""What machine/tpu_targets.py says of chips, against what the compiler says."""
 
 import re
 
@@ -8,8 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.sharding import make_mesh, named_sharding
-from scripts.tpu_targets import GENERATIONS, TpuGeneration, TpuTarget
-from scripts.tpu_topology import topology_devices
+from jaxinfer_entrypoints.machine.tpu_targets import GENERATIONS, TpuGeneration, TpuTarget
+from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 
 COMPILABLE = [generation for generation in GENERATIONS.values() if generation.slices]
 

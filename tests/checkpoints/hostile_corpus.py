@@ -9,15 +9,24 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from checkpoints.convert import convert
+from checkpoints.converted.convert import convert
 from checkpoints.load import open_checkpoint
 from checkpoints.parameters import tensor_shapes
 from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, tensor_places
 from jaxinfer.models import family, parameter_shapes, read_config
-from tests.checkpoints import tiny_gguf
-from tests.checkpoints.family_folder import write_tokenizer
-from tests.checkpoints.packed_folder import GPTQ, write_packed
-from tests.checkpoints.tiny_gguf import ARRAY, BOOL, FLOAT32, INT32, Q4_0, STRING, UINT16, UINT32
+from tests.checkpoints.gguf import tiny_gguf
+from tests.checkpoints.gguf.tiny_gguf import (
+    ARRAY,
+    BOOL,
+    FLOAT32,
+    INT32,
+    Q4_0,
+    STRING,
+    UINT16,
+    UINT32,
+)
+from tests.checkpoints.hugging_face.family_folder import write_tokenizer
+from tests.checkpoints.hugging_face.packed_folder import GPTQ, write_packed
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + m.content | trim }}{% endfor %}"
 _SIZES: dict[str, Any] = {

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from checkpoints.held import held_formats
-from checkpoints.hugging_face import HuggingFaceCheckpoint
+from checkpoints.hugging_face.checkpoint import HuggingFaceCheckpoint
 from checkpoints.load import load_parameters
 from jaxinfer import models
 from jaxinfer.config import KEPT, DtypePolicy

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from checkpoints.catalog import resolve
 from checkpoints.configs import configured_models, model_config
+from checkpoints.fetch.catalog import resolve
 from checkpoints.load import open_checkpoint
 from jaxinfer.models import parameter_shapes
 

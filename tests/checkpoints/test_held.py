@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from checkpoints.held import held_formats
 from checkpoints.load import load_parameters
 from jaxinfer.engine import Engine
@@ -15,9 +15,8 @@ from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import make_mesh
 from jaxinfer.weights import GroupedFormat
-from tests.checkpoints.family_gguf import write_gguf
-from tests.checkpoints.kept import assert_same, parameters_of, policy
-from tests.checkpoints.tiny_gguf import (
+from tests.checkpoints.gguf.family_gguf import write_gguf
+from tests.checkpoints.gguf.tiny_gguf import (
     CONFIG,
     Q4_0,
     Q4_1,
@@ -26,6 +25,7 @@ from tests.checkpoints.tiny_gguf import (
     llama_metadata,
     llama_tensors,
 )
+from tests.checkpoints.kept import assert_same, parameters_of, policy
 from tests.conftest import ManyDevices
 from tests.data.random_llama import draw_weights
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config

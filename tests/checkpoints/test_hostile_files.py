@@ -21,11 +21,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from checkpoints.gguf_file import GGUFFile
+from checkpoints.converted.checkpoint import OrbaxCheckpoint
+from checkpoints.gguf.file import GGUFFile
 from checkpoints.load import load_parameters, open_checkpoint
-from checkpoints.orbax import OrbaxCheckpoint
-from scripts.peak_memory import PeakMemory
-from serving.tokenizer import Tokenizer
+from jaxinfer_entrypoints.memory.peak import PeakMemory
+from serving.text.tokenizer import Tokenizer
 from tests.checkpoints import hostile_corpus as corpus
 from tests.checkpoints.mutations import Mutation, byte_mutations, json_mutations, weighted
 from tests.checkpoints.test_load import abstract_parameters

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from checkpoints.catalog import resolve
-from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.fetch.catalog import resolve
+from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models, sharding
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.sharding import make_mesh
-from tests.checkpoints import tiny_gguf
+from tests.checkpoints.gguf import tiny_gguf
 from tests.conftest import ManyDevices
 from tests.data.random_llama import CONFIGS, draw_weights
 

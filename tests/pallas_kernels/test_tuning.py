@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxinfer_entrypoints import tune
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import tpu
-from scripts import tune
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxinfer.request import SamplingParams
 from serving.client import AsyncClient
-from serving.server import serve
+from serving.rpc.server import serve
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
 
 TIMEOUT = 30.0

@@ -15,8 +15,8 @@ from serving.loop import (
     RequestRefusedError,
     TooManyRequestsError,
 )
-from serving.output_text import TextOptions, output_texts
 from serving.request_stream import RequestStream, TextOutput
+from serving.text.output_text import TextOptions, output_texts
 from tests.serving.fakes import NUM_PAGES, ByteTokenizer, FakeEngine, expected_token_ids
 from tests.serving.running import run, until
 

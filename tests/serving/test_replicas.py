@@ -12,9 +12,9 @@ from serving.loop import (
     NotServingError,
     TooManyRequestsError,
 )
-from serving.output_text import TextOptions, output_texts
 from serving.replicas import Replicas
 from serving.request_stream import RequestStream
+from serving.text.output_text import TextOptions, output_texts
 from tests.serving.fakes import NUM_PAGES, ByteTokenizer, FakeEngine, expected_token_ids
 from tests.serving.running import run, running_client, running_server, until
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from checkpoints.catalog import resolve
+from checkpoints.fetch.catalog import resolve
 from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig, RopeScaling
@@ -23,7 +23,7 @@ from jaxinfer.models.rotary import inverse_frequencies
 from jaxinfer.request import Request
 from jaxinfer.schedule import TokenLogprobs
 from jaxinfer.sharding import abstract_parameters, make_mesh
-from serving.tokenizer import Tokenizer
+from serving.text.tokenizer import Tokenizer
 from tests.data.random_llama import draw_weights
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config, tiny_model

@@ -1,0 +1,1 @@
+"""Converted checkpoints: each device reads its part."""

@@ -1,0 +1,105 @@
+"""Any checkpoint as a converted one: its parameters made once, and where they come from."""
+
+import datetime
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.calibration import Calibration, calibrate
+from checkpoints.converted.checkpoint import write_checkpoint
+from checkpoints.converted.quantization import PLAIN, Quantization
+from checkpoints.load import TensorCheckpoint, make_all
+from checkpoints.maker import Maker
+from checkpoints.parameters import ParameterPath
+from checkpoints.shard_name import with_later_shards
+from jaxinfer.config import KEPT
+from jaxinfer.models import parameter_shapes, quantized_weights
+
+# What is looked at of a folder.
+_SOURCES = ("*.json", "*.jinja", "*.safetensors")
+_LIBRARIES = ("jaxinfer", "jax", "orbax-checkpoint")
+
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    checkpoint: TensorCheckpoint,
+    folder: Path,
+    dtype: np.dtype,
+    provenance: dict[str, Any],
+    progress: Progress | None = None,
+    quantization: Quantization = PLAIN,
+    calibration: Calibration | None = None,
+) -> None:
+    """Writes ``checkpoint`` as a converted folder with parameters in ``dtype``.
+
+    Matrices are in the formats of ``quantization``, rounded with ``calibration`` in view where it
+    is given. The host holds all parameters meanwhile. ``progress(done, total)`` counts them, in a
+    calibration layers afterwards. Raises ``ValueError`` for values that are not finite, in
+    ``dtype`` too, for what cannot be calibrated, and where ``folder`` exists.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    quantized = quantized_weights(model, quantization.policy)
+    keeps = quantization.name == KEPT
+    maker = Maker(checkpoint, {} if calibration else quantized, keeps)
+
+    def make(path: ParameterPath) -> Any:
+        return maker.make(path, np.dtype(np.float32) if calibration else dtype)
+
+    parameters = make_all(make, parameter_shapes(model), progress)
+    if calibration is not None:
+        parameters = calibrate(model, parameters, quantized, calibration, progress)
+    for path, made in parameters.items():
+        if not isinstance(made, Mapping):
+            parameters[path] = _in_dtype(path, made, dtype)
+    sampling = checkpoint.default_sampling
+    write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance, quantization)
+
+
+def _in_dtype(path: ParameterPath, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"parameter {path} has values that are not finite in {dtype.name}")
+    return array
+
+
+def provenance(source: str, path: Path, dtype: np.dtype, progress: Progress | None = None):
+    """Where a conversion comes from: files with their SHA-256, versions, the time.
+
+    ``source`` is what the user named, ``path`` where it lies. ``progress(done, total)`` counts
+    bytes.
+    """
+    if path.is_file():
+        files = with_later_shards(path)
+    else:
+        files = sorted(f for kind in _SOURCES for f in path.glob(kind))
+    total, done, hashes = sum(file.stat().st_size for file in files), 0, {}
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(8 << 20):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress:
+                    progress(done, total)
+        hashes[file.name] = {"sha256": digest.hexdigest(), "bytes": file.stat().st_size}
+    return {
+        "source": source,
+        "name": path.name,  # of a model of the hub, the commit
+        "files": hashes,
+        "dtype": dtype.name,
+        "versions": {library: _version(library) for library in _LIBRARIES},
+        "converted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "unknown"

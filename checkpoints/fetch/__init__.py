@@ -1,0 +1,1 @@
+"""Models by name: the catalog, the hub, the user's cache."""

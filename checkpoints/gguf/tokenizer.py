@@ -1,0 +1,120 @@
+"""The tokenizer that a GGUF file describes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from checkpoints.gguf.file import MetadataValue
+from checkpoints.gguf.metadata import metadata_value
+from jaxinfer.config import SentencePieceSpec, TokenizerSpec
+
+# tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+
+# The pre-tokenizers of Llama 3 and of Mistral since Nemo.
+_BEGINS_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")
+# Of Phi-3's control tokens, those that keep the white space behind them.
+_PHI_3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+
+_Metadata = Mapping[str, MetadataValue]
+
+
+def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | SentencePieceSpec:
+    """The tokenizer. Raises ``ValueError`` when there is none, or of a kind that is not supported.
+
+    ``vocab_size``: rows of the embedding.
+    """
+    kind = metadata_value(metadata, "tokenizer.ggml.model", str)
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(
+            f"tokenizer {kind!r:.40} is not supported; supported are gpt2 (byte-level BPE) and "
+            "llama (SentencePiece's BPE)"
+        )
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    if len(tokens) > vocab_size:
+        raise ValueError(f"{len(tokens)} tokens, but the embedding has {vocab_size} rows")
+    types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), default=1)
+    common: dict[str, Any] = {
+        "tokens": tokens,
+        "control_token_ids": tuple(np.flatnonzero(types == _CONTROL).tolist()),
+        "added_token_ids": tuple(np.flatnonzero(types == _USER_DEFINED).tolist()),
+        "bos_token_id": _token_id(metadata, "bos", len(tokens)),
+        "eos_token_ids": _end_ids(metadata, len(tokens)),
+    }
+    if "tokenizer.chat_template" in metadata:
+        common["chat_template"] = metadata_value(metadata, "tokenizer.chat_template", str)
+    # llama.cpp's defaults go by the kind: Llama 3 files often leave them out.
+    if kind == "llama":
+        return SentencePieceSpec(
+            **common,
+            scores=tuple(_numbers(metadata, "tokenizer.ggml.scores", len(tokens)).tolist()),
+            unknown_token_id=_unknown_id(metadata, types),
+            add_space_prefix=metadata_value(
+                metadata, "tokenizer.ggml.add_space_prefix", bool, True
+            ),
+            add_bos_token=metadata_value(metadata, "tokenizer.ggml.add_bos_token", bool, True),
+            rstrip_token_ids=_rstrip_ids(metadata, common["control_token_ids"], tokens),
+        )
+    pre_tokenizer = metadata_value(metadata, "tokenizer.ggml.pre", str)
+    return TokenizerSpec(
+        **common,
+        merges=_strings(metadata, "tokenizer.ggml.merges"),
+        pre_tokenizer=pre_tokenizer,
+        add_bos_token=metadata_value(
+            metadata, "tokenizer.ggml.add_bos_token", bool, pre_tokenizer in _BEGINS_WITH_BOS
+        ),
+    )
+
+
+def _end_ids(metadata: _Metadata, num_tokens: int) -> tuple[int, ...]:
+    """End of text, of turn, of message."""
+    ids = (_token_id(metadata, end, num_tokens) for end in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+def _unknown_id(metadata: _Metadata, types: np.ndarray) -> int:
+    unknown = _token_id(metadata, "unknown", len(types))
+    if unknown is not None:
+        return unknown
+    found = np.flatnonzero(types == _UNKNOWN)
+    if not len(found):
+        raise ValueError("the tokenizer has no token for what is unknown")
+    return int(found[0])
+
+
+def _rstrip_ids(
+    metadata: _Metadata, control_ids: tuple[int, ...], tokens: tuple[str, ...]
+) -> tuple[int, ...]:
+    """Phi-3's, as llama.cpp has them: a file cannot say so."""
+    if metadata.get("general.architecture") != "phi3":
+        return ()
+    return tuple(token_id for token_id in control_ids if tokens[token_id] not in _PHI_3_PLAIN)
+
+
+def _token_id(metadata: _Metadata, name: str, num_tokens: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in metadata:
+        return None
+    token_id = metadata_value(metadata, key, int)
+    if not 0 <= token_id < num_tokens:
+        raise ValueError(f"{key} must be in [0, {num_tokens - 1}], got {token_id}")
+    return token_id
+
+
+def _strings(metadata: _Metadata, key: str) -> tuple[str, ...]:
+    value = metadata.get(key)
+    if not isinstance(value, tuple):
+        raise ValueError(f"metadata key {key!r} must be an array of strings")
+    return value
+
+
+def _numbers(metadata: _Metadata, key: str, count: int, default: float | None = None) -> np.ndarray:
+    value = metadata.get(key)
+    if value is None and default is not None:
+        return np.full(count, default)
+    if not isinstance(value, np.ndarray) or len(value) != count:
+        raise ValueError(f"{key} must be {count} numbers")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{key} must be finite numbers")
+    return value

@@ -1,0 +1,1 @@
+"""Folders as on the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""Programs, and what wires flags, checkpoints, the engine and servers together."""

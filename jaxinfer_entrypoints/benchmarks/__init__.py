@@ -1,0 +1,1 @@
+"""Commands of bench.py, a module each."""

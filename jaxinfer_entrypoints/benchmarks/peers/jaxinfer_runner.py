@@ -1,0 +1,106 @@
+"""Our own engine, measured as the peers are: see runner_protocol.py."""
+
+import argparse
+import gc
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the packages
+
+from runner_protocol import Measure, random_ids, run_peer
+
+from jaxinfer.batch import BatchShape
+from jaxinfer.engine import Engine
+from jaxinfer_entrypoints.benchmarks.measuring import requests_of
+from jaxinfer_entrypoints.loading.assembly import (
+    LoadedModel,
+    add_engine_options,
+    largest_shape,
+    load_model,
+    new_engine,
+)
+from jaxinfer_entrypoints.loading.phases import Phases
+
+ROWS = 8  # decode rows are padded to a multiple of this
+# More output tokens than are counted: prompts of a batch are computed a few in a call, and all
+# sequences must run until the last step that is timed.
+SPARE_TOKENS = 64
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The mode of the engine."""
+    parser.add_argument("--fast", action="store_true", help="without batch invariance")
+
+
+def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
+    """Loads the model once; an engine is made for each number of slots."""
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser)
+    flags = ["--cpu", "--model", options.model, "--max-num-seqs", str(ROWS), "--no-prefix-cache"]
+    flags += ["--no-batch-invariance"] * options.fast
+    phases = Phases(time.perf_counter(), quiet=True)
+    loaded = load_model(parser.parse_args(flags), phases, largest_shape)
+    engines: dict[int, Engine] = {}
+
+    def measure(point: dict[str, Any]) -> float:
+        rows = -(-point["batch"] // ROWS) * ROWS
+        if rows not in engines:
+            engines.clear()  # one KV cache at a time
+            gc.collect()
+            engines[rows] = make_engine(loaded, rows)
+        return rate(engines[rows], point)
+
+    mode = "rows may depend on their batch" if options.fast else "the same tokens in every batch"
+    description = {
+        "weights": f"{loaded.dtypes.weights}, expanded from the GGUF",
+        "activations": loaded.dtypes.activations,
+        "timed": f"the whole engine, greedy; {mode}",
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+    }
+    return description, measure
+
+
+def make_engine(loaded: LoadedModel, rows: int) -> Engine:
+    """With so many slots, and so many rows in every call, as who serves so many would have it."""
+    shapes = [BatchShape(rows, tiles) for tiles in (0, *loaded.engine_config.tile_counts)]
+    return new_engine(loaded, shapes, max_num_seqs=rows)
+
+
+def rate(engine: Engine, point: dict[str, Any]) -> float:
+    """Tokens per second of one prefill, or of the decode steps in which all sequences run."""
+    batch, steps = point["batch"], point["steps"]
+    prompts = [tuple(ids) for ids in random_ids(batch, point["context"])]
+    if point["kind"] == "prefill":
+        begun = time.perf_counter()
+        finish(engine, requests_of(prompts, 1))
+        return batch * point["context"] / (time.perf_counter() - begun)
+    requests = requests_of(prompts, steps + SPARE_TOKENS)
+    for request in requests:
+        engine.add(request)
+    waiting = {request.request_id for request in requests}
+    while waiting:
+        waiting -= {output.request_id for output in engine.step() if output.token_ids}
+    # The next call runs already, and it and all later ones are decodes of every sequence.
+    begun, num_tokens = time.perf_counter(), 0
+    while num_tokens < batch * steps:
+        num_tokens += sum(len(output.token_ids) for output in engine.step())
+    seconds = time.perf_counter() - begun
+    for request in requests:
+        engine.abort(request.request_id)
+    finish(engine, [])
+    return num_tokens / seconds
+
+
+def finish(engine: Engine, requests: list[Any]) -> None:
+    """Steps until nothing is left to do."""
+    for request in requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        engine.step()
+
+
+if __name__ == "__main__":
+    run_peer(start, add_options)

@@ -1,0 +1,166 @@
+"""``bench.py programs``: a step with guesses as one XLA program, as two, and as three.
+
+Other engines guess in one program and verify in another, with the host between them. Here the same
+functions are compiled apart, so that all that differs is what lies between.
+"""
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxinfer.batch import Batch, BatchShape, unpack
+from jaxinfer.engine import Engine
+from jaxinfer.speculation.drafting import Guesses, TargetAndDraft, propose
+from jaxinfer.step import accept, compiler_options, verify, with_draft_lens, without_ended
+from jaxinfer.step_state import StepResult, StepState
+from jaxinfer_entrypoints.benchmarks.measuring import describe, measure
+from jaxinfer_entrypoints.benchmarks.speculation import (
+    drafts_of,
+    engine_for,
+    prompt_texts,
+    requests_for,
+)
+from jaxinfer_entrypoints.loading.assembly import LoadedModel
+
+Program = Callable[[Any, StepState, jax.Array], tuple[StepState, StepResult]]
+WAYS = ("one program", "two programs", "three programs", "three, guesses by the host")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Its flags."""
+    parser.add_argument(
+        "--output-len", type=int, default=96, help="new tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="all ways in turn, so often (default: %(default)s)"
+    )
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses sizes out of range."""
+    for name, value, low, high in (
+        ("--output-len", options.output_len, 8, 1024),
+        ("--rounds", options.rounds, 1, 100),
+    ):
+        if not low <= value <= high:
+            parser.error(f"{name} must be between {low} and {high}, got {value}")
+
+
+def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a token of one sequence in each way, medians of rounds, one step a call."""
+    draft = loaded.engine_config.draft or "ngram"
+    engine = engine_for(loaded, 1, draft=draft, max_steps_per_call=1, adapt_drafts=False)
+    whole = {shape: program for shape, program in engine.programs.items() if shape.num_drafts}
+    apart = {shape: _Stages(engine, shape) for shape in whole}
+    text = prompt_texts()["edit code"]
+    requests = requests_for(loaded, text, 1, options.output_len)
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    tokens, drafted = [], (0, 0)
+    for number in range(options.rounds + 1):
+        for way in WAYS:
+            for shape, program in whole.items():
+                other = {"one program": program, **apart[shape].ways()}
+                engine.replace_program(shape, other[way])
+            measured = measure(engine, requests)
+            tokens.append(measured.token_ids)
+            drafted = drafts_of(measured)
+            if number:  # the first round compiles
+                times[way].append(1e3 * measured.decode_seconds / measured.decode_tokens)
+    return describe(loaded) | {
+        "draft": options.draft or draft,
+        "num_drafts": loaded.engine_config.num_drafts,
+        "output_len": options.output_len,
+        "rounds": options.rounds,
+        "acceptance_rate": round(drafted[1] / drafted[0], 4) if drafted[0] else None,
+        "ms_per_token": {way: round(statistics.median(of), 3) for way, of in times.items()},
+        "of_one_program": {
+            way: round(statistics.median(np.array(of) / np.array(times["one program"])).item(), 3)
+            for way, of in times.items()
+        },
+        "tokens_equal": all(given == tokens[0] for given in tokens),
+    }
+
+
+class _Stages:
+    """The parts of one step, each compiled by itself; the state is donated from one to the next."""
+
+    def __init__(self, engine: Engine, shape: BatchShape) -> None:
+        self.config, self.shape, self.graphs = engine.config, shape, engine.graphs
+        platform = engine.mesh.devices.flat[0].platform
+        options = compiler_options(platform, engine.dtypes, engine.config.batch_invariant)
+        compiled = functools.partial(jax.jit, compiler_options=options)
+        self.guess = compiled(self._guess, donate_argnums=1)
+        self.verify = compiled(self._verify, donate_argnums=1)
+        self.accept = compiled(self._accept, donate_argnums=0)
+        self.verify_and_accept = compiled(self._verify_and_accept, donate_argnums=1)
+
+    def ways(self) -> dict[str, Program]:
+        """Programs of more than one part."""
+        return {
+            "two programs": self.two,
+            "three programs": self.three,
+            "three, guesses by the host": self.by_host,
+        }
+
+    def two(self, parameters: Any, state: StepState, packed: Any) -> Any:
+        guesses, state = self.guess(parameters, state, packed)
+        return self.verify_and_accept(parameters, state, packed, guesses)
+
+    def three(self, parameters: Any, state: StepState, packed: Any) -> Any:
+        guesses, state = self.guess(parameters, state, packed)
+        scores, state = self.verify(parameters, state, packed, guesses)
+        return self.accept(state, packed, guesses, scores)
+
+    def by_host(self, parameters: Any, state: StepState, packed: Any) -> Any:
+        guesses, state = self.guess(parameters, state, packed)
+        guesses = jax.device_put(jax.device_get(guesses))  # waits, as a scheduler would
+        scores, state = self.verify(parameters, state, packed, guesses)
+        return self.accept(state, packed, guesses, scores)
+
+    def _models(self, parameters: TargetAndDraft) -> TargetAndDraft:
+        return TargetAndDraft(
+            nnx.merge(self.graphs.target, parameters.target),
+            self.graphs.draft and nnx.merge(self.graphs.draft, parameters.draft),
+        )
+
+    def _batch(self, state: StepState, packed: jax.Array) -> Batch:
+        return without_ended(self.config, state, unpack(packed, self.shape, self.config))
+
+    def _guess(self, parameters: TargetAndDraft, state: StepState, packed: jax.Array) -> Any:
+        batch = self._batch(state, packed)
+        return propose(self._models(parameters), self.config, self.shape, state, batch)
+
+    def _verify(
+        self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, guesses: Guesses
+    ) -> Any:
+        batch, target = self._batch(state, packed), self._models(parameters).target
+        return verify(target, self.config, self.shape, state, batch, guesses)
+
+    def _accept(self, state: StepState, packed: jax.Array, guesses: Guesses, scores: Any) -> Any:
+        batch = self._batch(state, packed)
+        state, result = accept(self.config, self.shape, state, batch, guesses, scores)
+        return state, with_draft_lens(self.config, state, batch, result)
+
+    def _verify_and_accept(
+        self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, guesses: Guesses
+    ) -> Any:
+        scores, state = self._verify(parameters, state, packed, guesses)
+        return self._accept(state, packed, guesses, scores)
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The ways as text."""
+    lines = [
+        f"{figures['model']}, {figures['num_drafts']} guesses by {figures['draft']}, one sequence: "
+        f"tokens {'equal' if figures['tokens_equal'] else 'DIFFER'}"
+    ]
+    for way, milliseconds in figures["ms_per_token"].items():
+        ratio = figures["of_one_program"][way]
+        lines.append(f"{way:<28} {milliseconds:>8.2f} ms a token  {ratio:>6.3f}x of one")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""``bench.py serve``: load on a running server, and what came of it."""

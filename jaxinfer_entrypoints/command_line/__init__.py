@@ -1,0 +1,1 @@
+"""Flags, and inputs that a user gives as files."""

@@ -1,0 +1,1 @@
+"""Parts of doctor.py's page."""

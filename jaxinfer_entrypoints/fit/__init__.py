@@ -1,0 +1,1 @@
+"""Will it fit, where, and how fast at best: answers without loading weights."""

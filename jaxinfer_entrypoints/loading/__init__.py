@@ -1,0 +1,1 @@
+"""From options to an engine with a model in it."""

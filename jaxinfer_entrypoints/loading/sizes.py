@@ -1,0 +1,187 @@
+"""Sizes of an engine: what the user does not give follows from the model and from free memory."""
+
+import argparse
+import dataclasses
+
+from jax.sharding import Mesh
+
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.kv_cache import page_bytes, plan_num_pages
+from jaxinfer.sharding import num_tensor_devices
+from jaxinfer_entrypoints.command_line.draft import draft_kind
+from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
+from jaxinfer_entrypoints.memory.usage import free_bytes
+from pallas_kernels.ragged_paged_attention import PLATFORMS
+
+DEFAULT_MAX_MODEL_LEN = 8192
+# On CPU at most this, and at most this part of what the parameters leave free: others work there.
+DEFAULT_CPU_KV_BYTES = 1 << 30
+CPU_KV_FRACTION = 0.5
+# Of a GPU's memory that is free once the parameters are loaded; the rest is for activations.
+GPU_KV_FRACTION = 0.8
+# Of a TPU's memory that the plan leaves: temporaries and code are estimates.
+TPU_KV_FRACTION = 0.97
+
+
+class DoesNotFitError(ValueError):
+    """A model and the sizes asked for need more memory than there is.
+
+    ``config`` has all sizes but the number of pages.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        model: ModelConfig,
+        config: EngineConfig,
+        dtypes: DtypePolicy,
+        mesh: Mesh,
+        draft: DraftModel | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
+        self.draft = draft
+
+
+def engine_config(
+    options: argparse.Namespace,
+    model: ModelConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    draft: DraftModel | None = None,
+) -> EngineConfig:
+    """Sizes of the engine; what is not given follows from the model and the platform.
+
+    Raises ``ValueError`` for sizes that cannot be, ``DoesNotFitError`` for too little memory.
+    """
+    device = mesh.devices.flat[0]
+    if PLATFORMS.get(options.attention, device.platform) != device.platform:
+        raise ValueError(
+            f"--attention {options.attention} runs on {PLATFORMS[options.attention].upper()} only, "
+            f"this is {device.device_kind}"
+        )
+    context = model.max_position_embeddings
+    if options.max_model_len is not None and options.max_model_len > context:
+        raise ValueError(
+            f"--max-model-len {options.max_model_len} is more than the model's context ({context})"
+        )
+    max_model_len, page_size = options.max_model_len, options.page_size
+    if max_model_len is None:
+        max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
+    if page_size is None:
+        page_size = {"cpu": 16, "gpu": 64}.get(device.platform, 128)
+    steps = options.max_steps_per_call
+    if steps is None:
+        # A step of a small model on an accelerator takes less time than sending it.
+        steps = 1 if device.platform == "cpu" else 4
+    kind, num_draft_layers = draft_kind(options)
+    # Checks the sizes themselves before memory is planned with them.
+    config = EngineConfig(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        page_size=page_size,
+        num_pages=1 << 24,
+        prefix_cache=options.prefix_cache,
+        max_steps_per_call=steps,
+        priority_seconds=options.priority_seconds,
+        batch_invariant=options.batch_invariant,
+        attention=options.attention,
+        draft=kind,
+        num_draft_layers=num_draft_layers,
+        num_drafts=options.num_drafts,
+        verify=options.verify,
+    )
+    memory = options.kv_memory
+    if memory is None:
+        memory = default_kv_bytes(model, config, dtypes, mesh, options.data_parallel, draft)
+    else:
+        check_kv_bytes(memory, mesh, options.data_parallel)
+    num_pages = plan_num_pages(
+        model,
+        page_size,
+        dtypes.kv_cache,
+        options.max_num_seqs,
+        max_model_len,
+        memory,
+        mesh,
+        options.prefix_cache,
+        options.attention,
+        draft,
+    )
+    if num_pages * page_size < max_model_len:
+        size = page_bytes(model, page_size, dtypes.kv_cache, mesh, options.attention)
+        if draft:
+            kv_dtype = draft.dtypes.kv_cache
+            size += page_bytes(draft.model, page_size, kv_dtype, mesh, options.attention)
+        needed = -(-max_model_len // page_size) * size
+        raise DoesNotFitError(
+            f"a KV cache of {memory / 2**20:.0f} MiB is too small for one sequence of "
+            f"{max_model_len} tokens, which takes {needed / 2**20:.0f} MiB: raise --kv-memory or "
+            f"lower --max-model-len",
+            model,
+            config,
+            dtypes,
+            mesh,
+            draft,
+        )
+    return dataclasses.replace(config, num_pages=num_pages)
+
+
+def check_kv_bytes(memory: int, mesh: Mesh, num_replicas: int) -> None:
+    """Raises ``ValueError`` when ``memory`` a replica is more than its devices have free."""
+    free = free_bytes(mesh.devices.flat[0])
+    if free is None:
+        return
+    # CPU devices, those of all replicas, share the host's memory.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    wanted = memory * num_replicas if is_cpu else memory
+    free = free if is_cpu else free * num_tensor_devices(mesh)
+    if wanted > free:
+        raise ValueError(
+            f"--kv-memory asks for {wanted / 2**20:.0f} MiB, of which {free / 2**20:.0f} MiB are "
+            f"free: lower it"
+        )
+
+
+def default_kv_bytes(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    num_replicas: int,
+    draft: DraftModel | None = None,
+) -> int:
+    """Memory on all devices of a replica for the KV cache when the user names none.
+
+    ``config`` has all sizes but the number of pages. The parameters are not loaded yet; the first
+    device speaks for all.
+    """
+    device, num_devices = mesh.devices.flat[0], num_tensor_devices(mesh)
+    free = free_bytes(device)
+    if free is None:
+        return DEFAULT_CPU_KV_BYTES
+    if device.platform == "tpu":
+        return num_devices * int(tpu_kv_bytes(model, config, dtypes, mesh, free, draft))
+    loaded = parameter_bytes(model, dtypes, mesh)
+    if draft:
+        loaded += parameter_bytes(draft.model, draft.dtypes, mesh)
+    if device.platform == "cpu":  # its devices share the host's memory
+        left = max(0, free // num_replicas - num_devices * loaded)
+        return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
+    return num_devices * int(max(0, free - loaded) * GPU_KV_FRACTION)
+
+
+def tpu_kv_bytes(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtypes: DtypePolicy,
+    mesh: Mesh,
+    free: int,
+    draft: DraftModel | None = None,
+) -> int:
+    """What of a chip's ``free`` bytes all else leaves to the KV cache, not below 0."""
+    smallest = dataclasses.replace(config, num_pages=config.max_pages_per_sequence)
+    plan = plan_memory(model, smallest, dtypes, mesh, draft)
+    left = int((free - plan.total + plan.kv_pages + plan.page_copies) * TPU_KV_FRACTION)
+    return max(0, left * plan.kv_pages // (plan.kv_pages + plan.page_copies))

@@ -1,0 +1,1 @@
+"""Facts about machines: TPUs by name, what is idle, what to install."""

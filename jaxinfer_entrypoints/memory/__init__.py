@@ -1,0 +1,1 @@
+"""Bytes that are free, planned and used."""

@@ -1,1 +1,0 @@
-"""Command lines: the only place that parses arguments, prints and wires the packages together."""

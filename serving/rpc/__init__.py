@@ -1,0 +1,1 @@
+"""The gRPC door: server, servicer, checked messages."""

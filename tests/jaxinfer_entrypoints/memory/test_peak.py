@@ -1,0 +1,23 @@
+import sys
+
+import numpy as np
+import pytest
+
+from jaxinfer_entrypoints.memory import peak as peak_memory
+from jaxinfer_entrypoints.memory.peak import PeakMemory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_freed_again_is_seen() -> None:
+    memory = PeakMemory()
+    held = np.ones(64 << 20, np.uint8)
+    del held
+    assert 60 << 20 < memory.added < 200 << 20
+    assert memory.describe().endswith(" MiB of host memory at most")
+    assert PeakMemory().added < 20 << 20
+
+
+def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak_memory, "_STATUS", peak_memory.Path("/absent"))
+    assert PeakMemory().added == 0
+    assert PeakMemory().describe() == ""

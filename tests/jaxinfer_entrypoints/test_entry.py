@@ -1,0 +1,99 @@
+"""Ctrl-C while a program starts, and a reader of its output that has gone."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+# What keeps a program long enough to be interrupted: they all import most of it.
+PROGRAMS = {
+    "serve": ["--help"],
+    "generate": ["--help"],
+    "chat": ["--address", "127.0.0.1:1"],
+    "bench": ["offline", "--help"],
+    "evaluate": ["--help"],
+    "doctor": [],
+    "tune": ["--help"],
+}
+
+
+def start(command: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_interrupt_during_imports_is_silent(name: str) -> None:
+    with start([sys.executable, str(SCRIPTS / f"{name}.py"), *PROGRAMS[name]]) as process:
+        time.sleep(0.15)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "")
+
+
+def test_interrupt_of_an_installed_program_is_silent(tmp_path: Path) -> None:
+    program = tmp_path / "jaxinfer-serve"
+    program.write_text(
+        "import sys\nfrom jaxinfer_entrypoints.serve import main\nsys.exit(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        text=True,
+        env={"PYTHONPATH": str(SCRIPTS.parent), "PATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "")
+
+
+def test_interrupt_reaches_the_program_once_it_runs() -> None:
+    source = (
+        "import sys; sys.argv[0] = 'x'\n"
+        f"import __main__; __main__.__file__ = {str(SCRIPTS / 'x.py')!r}\n"
+        "from jaxinfer_entrypoints.entry import run_main\n"
+        "import time\n"
+        "def main():\n"
+        "    try:\n"
+        "        print('running', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        print('tidied', flush=True)\n"
+        "run_main(main)\n"
+    )
+    with start([sys.executable, "-c", source]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "tidied\n", "")
+
+
+def test_this_process_is_none_of_the_programs() -> None:
+    """Who imports a script keeps their own way of being interrupted."""
+    from jaxinfer_entrypoints import entry
+
+    assert not entry._is_program()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    source = (
+        "from jaxinfer_entrypoints.entry import run_main\n"
+        "def main():\n"
+        "    for number in range(100_000): print(number)\n"
+        "run_main(main)\n"
+    )
+    with start([sys.executable, "-c", source]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
