@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import abstract_kv_pages
 from jaxinfer.logprobs import LogprobColumns
 from jaxinfer.request import LIMITS
@@ -61,14 +61,9 @@ class StepResult:
     prompt_logprobs: LogprobColumns
 
 
-def abstract_state(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    mesh: Mesh,
-    draft: DraftModel | None = None,
-) -> StepState:
-    """Shapes and shardings of the state."""
+def abstract_state(spec: EngineSpec) -> StepState:
+    """Returns the shapes and shardings of the state of an engine."""
+    config, mesh = spec.config, spec.mesh
     whole = named_sharding(mesh)
     slots = config.max_num_seqs
 
@@ -81,8 +76,8 @@ def abstract_state(
         )
 
     return StepState(
-        kv_pages=pages(model, dtypes),
-        draft_kv_pages=pages(draft.model, draft.dtypes) if draft else (),
+        kv_pages=pages(spec.model, spec.dtypes),
+        draft_kv_pages=pages(spec.draft.model, spec.draft.dtypes) if spec.draft else (),
         tokens=array((slots, config.max_model_len), jnp.int32),
         lens=array((slots,), jnp.int32),
         draft_lens=array((slots,), jnp.int32),

@@ -57,7 +57,7 @@ def evaluate() -> None:
         "predicted_tokens": len(losses),
         "nll": float(losses.mean()),
         "perplexity": math.exp(float(losses.mean())),
-        "window": loaded.engine_config.max_model_len - 1,
+        "window": loaded.spec.config.max_model_len - 1,
         "seconds": round(time.perf_counter() - begun, 3),
     }
     if options.json:
@@ -73,7 +73,7 @@ def window_losses(loaded: LoadedModel, token_ids: list[int], quiet: bool = False
     The windows are prompts like any other, of which log-probabilities are wanted. The first token
     of a window is not predicted; a rest of a single token is left out.
     """
-    size = loaded.engine_config.max_model_len - 1  # and one token that is generated
+    size = loaded.spec.config.max_model_len - 1  # and one token that is generated
     starts = range(0, len(token_ids) - 1, size)
     for start in starts:
         window = tuple(token_ids[start : start + size])

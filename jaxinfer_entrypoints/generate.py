@@ -127,7 +127,7 @@ def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchSha
     rows = min(shape.num_decodes for shape in engine.shapes if not shape.num_drafts)
     if choices > rows:
         return None
-    counts, size = engine.config.tile_counts, engine.config.chunk_tile
+    counts, size = engine.spec.config.tile_counts, engine.spec.config.chunk_tile
     tiles = sum(-(-len(request.prompt_token_ids) // size) for request in requests)
     tiles = min((count for count in counts if count >= tiles), default=counts[-1])
     drafts = [s for s in engine.shapes if s.num_drafts and not s.num_tiles]
@@ -143,7 +143,7 @@ def make_request(
     options: argparse.Namespace,
 ) -> Request:
     """A request that is known to fit."""
-    room = engine.config.max_model_len - len(prompt)
+    room = engine.spec.config.max_model_len - len(prompt)
     request = Request(
         request_id=str(number),
         prompt_token_ids=prompt,
@@ -157,7 +157,7 @@ def make_request(
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
     )
-    request.check_fits(engine.model.vocab_size, engine.config.max_model_len)
+    request.check_fits(engine.spec.model.vocab_size, engine.spec.config.max_model_len)
     return request
 
 

@@ -58,13 +58,13 @@ def serve() -> None:
         if loaded.default_sampling != SamplingParams():
             said = describe_sampling(loaded.default_sampling)
             table += f"\nsampling where a request says nothing (generation_config.json): {said}"
-        described = f"{loaded.name} on {where} in {loaded.dtypes.matrices}"
+        described = f"{loaded.name} on {where} in {loaded.spec.dtypes.matrices}"
         return ServedModel(
             name=loaded.name,
-            model=loaded.model,
+            model=loaded.spec.model,
             engines=engines,
-            engine_config=loaded.engine_config,
-            dtypes=loaded.dtypes,
+            engine_config=loaded.spec.config,
+            dtypes=loaded.spec.dtypes,
             tokenizer=loaded.tokenizer,
             default_sampling=loaded.default_sampling,
         )

@@ -51,13 +51,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a decode step, all slots in use: waiting for each, ahead, and several a call."""
-    figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.engine_config.max_num_seqs}
+    figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.spec.config.max_num_seqs}
     shapes = [*largest_shape(loaded.engine)]
     shapes += [shape for shape in loaded.engine.shapes if not shape.num_tiles]
     for name, changes in ARRANGEMENTS.items():
         engine = new_engine(loaded, shapes, **changes)
-        lengths = [32] * loaded.engine_config.max_num_seqs
-        prompts = random_prompts(loaded.model.vocab_size, lengths)
+        lengths = [32] * loaded.spec.config.max_num_seqs
+        prompts = random_prompts(loaded.spec.model.vocab_size, lengths)
         measure(engine, requests_of(prompts, 4))
         before, cpu_before = engine.host_seconds, engine.host_cpu_seconds
         # The prompts are found in the prefix cache, so that nearly all steps are decodes.
@@ -89,7 +89,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
 
 def feature_times(loaded: LoadedModel, engine: Engine) -> dict[str, float]:
     """Milliseconds of a decode step, all slots in use, by what the requests ask for."""
-    prompts = random_prompts(loaded.model.vocab_size, [32] * engine.config.max_num_seqs)
+    prompts = random_prompts(loaded.spec.model.vocab_size, [32] * engine.spec.config.max_num_seqs)
     times: dict[str, list[float]] = {name: [] for name in FEATURES}
     for _ in range(3):  # in turns, so that a drift of the machine meets all
         for name, fields in FEATURES.items():

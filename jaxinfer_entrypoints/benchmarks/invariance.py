@@ -33,9 +33,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """How many requests gave the tokens they give alone, by arrangement; and what that costs."""
-    longest = min(768, loaded.engine_config.max_model_len)
+    longest = min(768, loaded.spec.config.max_model_len)
     requests = make_requests(
-        loaded.model.vocab_size, longest, options.num_prompts, options.output_len
+        loaded.spec.model.vocab_size, longest, options.num_prompts, options.output_len
     )
     alone: dict[str, list[int]] = {}
     results = {}
@@ -105,19 +105,19 @@ def arrangements(
     """(name, engine, batches that are run one after the other); the first is each one alone."""
     sizes: dict[str, Any] = {"max_model_len": longest, "draft": None, "num_draft_layers": 0}
     sizes["max_num_batched_tokens"] = 256
-    page_size = loaded.engine_config.page_size
+    page_size = loaded.spec.config.page_size
     singles = [[request] for request in requests]
     backwards = [dataclasses.replace(r, priority=int(r.request_id) % 5) for r in requests[::-1]]
 
     def engine(**changes: Any) -> Engine:
-        config = dataclasses.replace(loaded.engine_config, **(sizes | changes))
+        config = dataclasses.replace(loaded.spec.config, **(sizes | changes))
         # Few programs, of every kind: small and large batches, with and without chunks.
         shapes = batch_shapes(config)
         few = [shape for shape in shapes if shape.num_tiles in (0, 1, shapes[-1].num_tiles)]
         return new_engine(loaded, few, **(sizes | changes))
 
     yield "alone, no prefix cache", engine(prefix_cache=False), singles
-    together = engine(num_pages=loaded.engine_config.num_pages)
+    together = engine(num_pages=loaded.spec.config.num_pages)
     yield "all at once", together, [requests]
     yield "again, from the prefix cache", together, [requests]
     del together
@@ -127,11 +127,14 @@ def arrangements(
     yield "backwards, priorities, 4 steps", engine(max_steps_per_call=4), [backwards]
     guesses: dict[str, Any] = {"num_drafts": 3, "adapt_drafts": False}
     yield "guesses from the text", engine(draft="ngram", **guesses), [requests]
-    layers = {"draft": "layers", "num_draft_layers": max(1, loaded.model.num_hidden_layers // 3)}
+    layers = {
+        "draft": "layers",
+        "num_draft_layers": max(1, loaded.spec.model.num_hidden_layers // 3),
+    }
     tight = engine(**guesses, **layers, num_pages=3 * few, max_steps_per_call=2)
     yield "guesses of the first layers", tight, [backwards]
     del tight
-    if loaded.draft:
+    if loaded.spec.draft:
         yield "guesses of a model", engine(draft="model", **guesses), [requests]
 
 
@@ -142,15 +145,15 @@ def cost(loaded: LoadedModel) -> dict[str, Any]:
         shapes = loaded.engine.shapes
         few = [shape for shape in shapes if shape.num_tiles in (0, shapes[-1].num_tiles)]
         engine = new_engine(loaded, few, batch_invariant=batch_invariant, prefix_cache=False)
-        for size in (1, loaded.engine_config.max_num_seqs):
-            prompts = random_prompts(loaded.model.vocab_size, [64] * size)
+        for size in (1, loaded.spec.config.max_num_seqs):
+            prompts = random_prompts(loaded.spec.model.vocab_size, [64] * size)
             requests = [Request(str(i), p, 33, ignore_eos=True) for i, p in enumerate(prompts)]
             measure(engine, requests)
             measured: Measured = measure(engine, requests)
             speed = measured.decode_tokens / measured.decode_seconds
             speeds.setdefault(f"decode tok/s, batch {size}", []).append(speed)
-        length = min(512, engine.config.max_model_len // 2)
-        prompts = random_prompts(loaded.model.vocab_size, [length] * 4, seed=1)
+        length = min(512, engine.spec.config.max_model_len // 2)
+        prompts = random_prompts(loaded.spec.model.vocab_size, [length] * 4, seed=1)
         measured = measure(engine, [Request(str(i), p, 1) for i, p in enumerate(prompts)])
         speeds.setdefault("prefill tok/s", []).append(4 * length / measured.seconds)
         del engine

@@ -47,11 +47,11 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         rows = -(-size // 8) * 8
         engine = new_engine(
             loaded,
-            [BatchShape(rows, tiles) for tiles in (0, *loaded.engine_config.tile_counts)],
+            [BatchShape(rows, tiles) for tiles in (0, *loaded.spec.config.tile_counts)],
             max_num_seqs=size,
             prefix_cache=False,
         )
-        prompts = random_prompts(loaded.model.vocab_size, [options.prompt_len] * 2 * size)
+        prompts = random_prompts(loaded.spec.model.vocab_size, [options.prompt_len] * 2 * size)
         measure(engine, requests_of(prompts[:1], 3))
         measured = measure(engine, requests_of(prompts, options.output_len), f"{size} at once")
         points.append(

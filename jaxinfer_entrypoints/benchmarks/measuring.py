@@ -114,7 +114,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
     device_memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "model": loaded.name,
-        "dtype": loaded.dtypes.matrices,
+        "dtype": loaded.spec.dtypes.matrices,
         "device": device.device_kind,
         "machine": f"{platform.machine()} {platform.system()}",
         "date": datetime.now(UTC).date().isoformat(),

@@ -33,14 +33,14 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run; greedy, through end-of-sequence tokens."""
     length = options.prompt_len + options.output_len
-    if length > loaded.engine_config.max_model_len:
+    if length > loaded.spec.config.max_model_len:
         raise ValueError(
             f"--prompt-len {options.prompt_len} plus --output-len {options.output_len} is more "
-            f"than max_model_len ({loaded.engine_config.max_model_len})"
+            f"than max_model_len ({loaded.spec.config.max_model_len})"
         )
     lengths = [options.prompt_len] * options.num_prompts
     # Other prompts each time, so that none is found in the prefix cache.
-    sets = [random_prompts(loaded.model.vocab_size, lengths, seed) for seed in range(3)]
+    sets = [random_prompts(loaded.spec.model.vocab_size, lengths, seed) for seed in range(3)]
     # Each program once, so that nothing measured is a first time.
     measure(loaded.engine, requests_of(sets[0][:1], 2), "warm up")
     prefill = measure(loaded.engine, requests_of(sets[1], 1), "prefill")

@@ -54,7 +54,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a token of one sequence in each way, medians of rounds, one step a call."""
-    draft = loaded.engine_config.draft or "ngram"
+    draft = loaded.spec.config.draft or "ngram"
     engine = engine_for(loaded, 1, draft=draft, max_steps_per_call=1, adapt_drafts=False)
     whole = {shape: program for shape, program in engine.programs.items() if shape.num_drafts}
     apart = {shape: _Stages(engine, shape) for shape in whole}
@@ -74,7 +74,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
                 times[way].append(1e3 * measured.decode_seconds / measured.decode_tokens)
     return describe(loaded) | {
         "draft": options.draft or draft,
-        "num_drafts": loaded.engine_config.num_drafts,
+        "num_drafts": loaded.spec.config.num_drafts,
         "output_len": options.output_len,
         "rounds": options.rounds,
         "acceptance_rate": round(drafted[1] / drafted[0], 4) if drafted[0] else None,
@@ -91,9 +91,9 @@ class _Stages:
     """The parts of one step, each compiled by itself; the state is donated from one to the next."""
 
     def __init__(self, engine: Engine, shape: BatchShape) -> None:
-        self.config, self.shape, self.graphs = engine.config, shape, engine.graphs
-        platform = engine.mesh.devices.flat[0].platform
-        options = compiler_options(platform, engine.dtypes, engine.config.batch_invariant)
+        self.config, self.shape, self.graphs = engine.spec.config, shape, engine.graphs
+        platform = engine.spec.mesh.devices.flat[0].platform
+        options = compiler_options(platform, engine.spec.dtypes, engine.spec.config.batch_invariant)
         compiled = functools.partial(jax.jit, compiler_options=options)
         self.guess = compiled(self._guess, donate_argnums=1)
         self.verify = compiled(self._verify, donate_argnums=1)

@@ -90,9 +90,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """A row for each number of sequences and kind of text."""
-    draft = loaded.engine_config.draft or "ngram"
+    draft = loaded.spec.config.draft or "ngram"
     # Greedy decoding accepts by both rules the same.
-    rules = RULES if options.temperature > 0 else (loaded.engine_config.verify,)
+    rules = RULES if options.temperature > 0 else (loaded.spec.config.verify,)
     rows = []
     for size in options.batch:
         plain = engine_for(loaded, size, draft=None)
@@ -106,8 +106,8 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         del plain
     figures = describe(loaded) | {
         "draft": options.draft or draft,
-        "draft_dtype": loaded.draft.dtypes.matrices if loaded.draft else None,
-        "num_drafts": loaded.engine_config.num_drafts,
+        "draft_dtype": loaded.spec.draft.dtypes.matrices if loaded.spec.draft else None,
+        "num_drafts": loaded.spec.config.num_drafts,
         "verify": rules,
         "temperature": options.temperature,
         "output_len": options.output_len,
@@ -139,14 +139,14 @@ def engine_for(loaded: LoadedModel, size: int, **changes: Any) -> Engine:
     values = {
         "max_num_seqs": size,
         "max_draft_seqs": size,
-        "max_model_len": min(MAX_MODEL_LEN, loaded.engine_config.max_model_len),
+        "max_model_len": min(MAX_MODEL_LEN, loaded.spec.config.max_model_len),
         "prefix_cache": False,
-        "num_draft_layers": loaded.engine_config.num_draft_layers,
+        "num_draft_layers": loaded.spec.config.num_draft_layers,
     } | changes
     if values["draft"] != "layers":
         values["num_draft_layers"] = 0
     # Steps of decodes alone in all sizes, and the largest plain step for prompts.
-    shapes = batch_shapes(dataclasses.replace(loaded.engine_config, **values))
+    shapes = batch_shapes(dataclasses.replace(loaded.spec.config, **values))
     alone = [shape for shape in shapes if not shape.num_tiles]
     largest = [shape for shape in shapes if not shape.num_drafts][-1]
     engine = new_engine(loaded, [*alone, largest], **values)
@@ -167,7 +167,7 @@ def requests_for(
         token_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
     else:
         token_ids = tokenizer.encode(text)
-    room = min(MAX_MODEL_LEN, loaded.engine_config.max_model_len) - output_len
+    room = min(MAX_MODEL_LEN, loaded.spec.config.max_model_len) - output_len
     if room < 1:
         raise ValueError(
             f"--output-len {output_len} leaves no room for a prompt in "
@@ -202,7 +202,7 @@ def compared(plain: Engine, guessing: Engine, requests: list[Request]) -> dict[s
         "ratio": round(after / before, 3),
         "acceptance_rate": round(accepted / drafted, 4) if drafted else None,
         "drafted_tokens": drafted,
-        "tokens_equal": None if sampled and guessing.config.verify == "rejection" else is_same,
+        "tokens_equal": None if sampled and guessing.spec.config.verify == "rejection" else is_same,
     }
 
 
@@ -221,10 +221,10 @@ def simulated(loaded: LoadedModel, options: argparse.Namespace) -> list[dict[str
     points = []
     for percent in options.simulate:
         known = [*request.prompt_token_ids, *answer]
-        with _guessing(known, percent / 100, loaded.model.vocab_size):
+        with _guessing(known, percent / 100, loaded.spec.model.vocab_size):
             guessing = engine_for(loaded, 1, draft="ngram", adapt_drafts=False)
         found = compared(plain, guessing, [request])
-        num_drafts = loaded.engine_config.num_drafts
+        num_drafts = loaded.spec.config.num_drafts
         expected = sum((percent / 100) ** n for n in range(num_drafts + 1))
         points.append({"percent": percent, "tokens_a_step": round(expected, 3), **found})
         del guessing

@@ -20,6 +20,7 @@ from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import KEPT, DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import (
@@ -55,16 +56,12 @@ class Plan:
     """What will be loaded where, with which sizes; nothing is allocated yet.
 
     ``checkpoint`` is None where a configuration without weights was asked for. ``devices``: of all
-    replicas; ``mesh``: those of the first one. ``draft`` guesses where a model was asked to.
+    replicas; ``spec`` has those of the first one.
     """
 
     checkpoint: Checkpoint | None
-    model: ModelConfig
-    config: EngineConfig
-    dtypes: DtypePolicy
+    spec: EngineSpec
     devices: list[Device]
-    mesh: Mesh
-    draft: DraftModel | None = None
     draft_checkpoint: Checkpoint | None = None
 
 
@@ -77,16 +74,13 @@ class LoadedModel:
     """
 
     name: str
-    model: ModelConfig
+    spec: EngineSpec
     engine: Engine
-    engine_config: EngineConfig
-    dtypes: DtypePolicy
     tokenizer: Tokenizer
     default_sampling: SamplingParams
     devices: list[Device]
     parameters: Parameters
     checkpoint: Checkpoint
-    draft: DraftModel | None = None
     draft_parameters: Parameters | None = None
 
 
@@ -201,24 +195,25 @@ def load_model(
     Raises ``ValueError`` in one line for anything a user can mend.
     """
     plan = plan_model(options, phases)
-    checkpoint, config = plan.checkpoint, plan.config
+    checkpoint, spec = plan.checkpoint, plan.spec
+    config = spec.config
     assert checkpoint is not None
     with phases.phase("tokenizer"):
         tokenizer = _build_tokenizer(options.model, checkpoint)
     sampling = checkpoint.default_sampling if options.generation_config else SamplingParams()
-    engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh, plan.draft)
+    engine = Engine(spec)
     shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
     parameters = _load(
-        phases, "load", checkpoint, plan.dtypes, plan.mesh, engine.abstract_parameters
+        phases, "load", checkpoint, plan.spec.dtypes, plan.spec.mesh, engine.abstract_parameters
     )
     draft_parameters = None
-    if plan.draft and plan.draft_checkpoint and engine.abstract_draft_parameters:
+    if plan.spec.draft and plan.draft_checkpoint and engine.abstract_draft_parameters:
         draft_parameters = _load(
             phases,
             "load draft",
             plan.draft_checkpoint,
-            plan.draft.dtypes,
-            plan.mesh,
+            plan.spec.draft.dtypes,
+            plan.spec.mesh,
             engine.abstract_draft_parameters,
         )
     with phases.phase("compile", unit="programs") as progress:
@@ -228,16 +223,13 @@ def load_model(
         engine.start(parameters, draft_parameters)
     return LoadedModel(
         name=model_name(options.model),
-        model=checkpoint.model,
+        spec=spec,
         engine=engine,
-        engine_config=config,
-        dtypes=plan.dtypes,
         tokenizer=tokenizer,
         default_sampling=sampling,
         devices=plan.devices,
         parameters=parameters,
         checkpoint=checkpoint,
-        draft=plan.draft,
         draft_parameters=draft_parameters,
     )
 
@@ -311,7 +303,8 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
             check_vocabulary(checkpoint, draft_checkpoint, options.draft)
         draft = DraftModel(smaller, pick_dtypes(for_draft, draft_checkpoint, devices[0]))
     config = engine_config(options, model, dtypes, mesh, draft)
-    return Plan(checkpoint, model, config, dtypes, devices, mesh, draft, draft_checkpoint)
+    spec = EngineSpec(model, config, dtypes, mesh, draft)
+    return Plan(checkpoint, spec, devices, draft_checkpoint)
 
 
 def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:
@@ -362,14 +355,14 @@ def new_engine(
     Its KV cache comes on top. ``num_pages``, where it is not among ``changes``, is what all slots
     at full length could use, but no more than the first engine has. ``shapes``: those to compile.
     """
-    config = dataclasses.replace(loaded.engine_config, **changes)
+    config = dataclasses.replace(loaded.spec.config, **changes)
     if "num_pages" not in changes:
         most = config.max_num_seqs * config.max_pages_per_sequence
-        config = dataclasses.replace(config, num_pages=min(most, loaded.engine_config.num_pages))
-    draft, draft_parameters = loaded.draft, loaded.draft_parameters
+        config = dataclasses.replace(config, num_pages=min(most, loaded.spec.config.num_pages))
+    draft, draft_parameters = loaded.spec.draft, loaded.draft_parameters
     if config.draft != "model":
         draft, draft_parameters = None, None
-    engine = Engine(loaded.model, config, loaded.dtypes, loaded.engine.mesh, draft)
+    engine = Engine(dataclasses.replace(loaded.spec, config=config, draft=draft))
     engine.compile(shapes=shapes)
     engine.start(loaded.parameters, draft_parameters)
     return engine
@@ -377,10 +370,10 @@ def new_engine(
 
 def more_engines(loaded: LoadedModel, phases: Phases) -> tuple[Engine, ...]:
     """The first engine and its replicas: the same parameters on the devices that are left."""
-    engines, size = [loaded.engine], loaded.engine.mesh.size
+    engines, size = [loaded.engine], loaded.engine.spec.mesh.size
     for first in range(size, len(loaded.devices), size):
         mesh = make_mesh(loaded.devices[first : first + size])
-        engine = Engine(loaded.model, loaded.engine_config, loaded.dtypes, mesh, loaded.draft)
+        engine = Engine(dataclasses.replace(loaded.spec, mesh=mesh))
         name = f"replica {len(engines) + 1}"
         with phases.phase(name, unit="programs") as progress:
             engine.compile(progress)

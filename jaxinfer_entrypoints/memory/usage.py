@@ -31,12 +31,13 @@ def memory_table(engines: Sequence[Engine], devices: Sequence[Device]) -> str:
 
     Replicas are alike; where one has more of something, that is shown.
     """
-    engine, config = engines[0], engines[0].config
+    engine, config = engines[0], engines[0].spec.config
     tokens = config.num_pages * config.page_size
     notes = {
-        "parameters": engine.dtypes.matrices,
-        "kv cache": f"{engine.dtypes.kv_cache}, {config.num_pages} pages of {config.page_size} "
-        f"tokens: {tokens}, {tokens / config.max_model_len:.1f} x the longest sequence",
+        "parameters": engine.spec.dtypes.matrices,
+        "kv cache": f"{engine.spec.dtypes.kv_cache}, {config.num_pages} pages of "
+        f"{config.page_size} tokens: {tokens}, {tokens / config.max_model_len:.1f} x the longest "
+        "sequence",
         "slots": f"tokens of {config.max_num_seqs} slots, up to {config.max_model_len} each",
         "temporaries": f"of the largest of {len(engine.memory_by_program)} programs",
     }

@@ -18,6 +18,7 @@ from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, batch_shapes
 from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from jaxinfer.speculation.drafting import TargetAndDraft
 from jaxinfer.step_state import abstract_state
@@ -65,7 +66,7 @@ def compiled(target: str, num_tiles: int) -> Any:
         graph, state = models.abstract(model, DTYPES, mesh)
         graphs.append(graph)
         parameters.append(abstract_parameters(state, mesh))
-    state = abstract_state(MODEL, CONFIG, DTYPES, mesh, draft)
+    state = abstract_state(EngineSpec(MODEL, CONFIG, DTYPES, mesh, draft))
     with jax.set_mesh(mesh):
         lowered = step_program.lower(
             TargetAndDraft(*graphs), CONFIG, shape, TargetAndDraft(*parameters), state, mesh

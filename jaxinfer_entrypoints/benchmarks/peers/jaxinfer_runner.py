@@ -55,8 +55,8 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
 
     mode = "rows may depend on their batch" if options.fast else "the same tokens in every batch"
     description = {
-        "weights": f"{loaded.dtypes.weights}, expanded from the GGUF",
-        "activations": loaded.dtypes.activations,
+        "weights": f"{loaded.spec.dtypes.weights}, expanded from the GGUF",
+        "activations": loaded.spec.dtypes.activations,
         "timed": f"the whole engine, greedy; {mode}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
     }
@@ -65,7 +65,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
 
 def make_engine(loaded: LoadedModel, rows: int) -> Engine:
     """With so many slots, and so many rows in every call, as who serves so many would have it."""
-    shapes = [BatchShape(rows, tiles) for tiles in (0, *loaded.engine_config.tile_counts)]
+    shapes = [BatchShape(rows, tiles) for tiles in (0, *loaded.spec.config.tile_counts)]
     return new_engine(loaded, shapes, max_num_seqs=rows)
 
 

@@ -13,6 +13,7 @@ import pytest
 from checkpoints.load import load_parameters
 from jaxinfer import models
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import ARCHITECTURES, GGUF_ARCHITECTURES
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -44,7 +45,7 @@ def greedy_tokens(
     checkpoint = RandomCheckpoint(case)
     mesh = make_mesh(jax.devices()[:num_devices])
     config = tiny_config(max_num_batched_tokens=chunk)
-    engine = Engine(checkpoint.model, config, CPU_DTYPES, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, config, CPU_DTYPES, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     engine.start(load_parameters(checkpoint, engine.abstract_parameters, num_devices=num_devices))
     prompt = tuple(draw_prompt(case))

@@ -12,6 +12,7 @@ from checkpoints.load import load_parameters
 from jaxinfer import models
 from jaxinfer.config import DtypePolicy
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -52,7 +53,7 @@ def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
     """What an engine makes of the prompt."""
     checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
     mesh = make_mesh(jax.devices()[:num_devices])
-    engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     made = quantized_weights(checkpoint.model, dtypes, mesh)
     engine.start(

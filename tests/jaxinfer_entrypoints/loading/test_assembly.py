@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from jaxinfer.config import DtypePolicy, EngineConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import make_mesh
 from jaxinfer_entrypoints.loading import sizes as engine_sizes
 from jaxinfer_entrypoints.loading.assembly import parse_bytes
@@ -102,8 +103,9 @@ def test_replicas_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
     dtypes = DtypePolicy.for_platform("cpu")
     monkeypatch.setattr(engine_sizes, "free_bytes", lambda device: 100 << 20)
-    alone = engine_sizes.default_kv_bytes(model, EngineConfig(), dtypes, mesh, 1)
-    four = engine_sizes.default_kv_bytes(model, EngineConfig(), dtypes, mesh, 4)
+    spec = EngineSpec(model, EngineConfig(), dtypes, mesh)
+    alone = engine_sizes.default_kv_bytes(spec, 1)
+    four = engine_sizes.default_kv_bytes(spec, 4)
     assert 4 * four <= alone <= 50 << 20
 
 
