@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from jaxinfer.request import LIMITS, FinishReason, Request
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, FinishReason, Request
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.request_stream import TextOutput
@@ -125,10 +125,10 @@ def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
         bos_token_id=served.tokenizer.bos_token_id,
         has_chat_template=served.tokenizer.has_chat_template,
         default_sampling=pb.SamplingParams(
-            temperature=served.default_sampling.temperature,
-            top_k=served.default_sampling.top_k,
-            top_p=served.default_sampling.top_p,
-            min_p=served.default_sampling.min_p,
-            repetition_penalty=served.default_sampling.repetition_penalty,
+            **{
+                option.name: getattr(served.default_sampling, option.name)
+                for option in SAMPLING_OPTIONS
+                if option.has_model_default
+            }
         ),
     )

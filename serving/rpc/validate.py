@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxinfer.request import LIMITS, Limit, SamplingParams
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, Limit, SamplingParams
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.text.output_text import TextOptions
 
@@ -38,8 +38,8 @@ SUPPORTED_FIELDS: Mapping[str, frozenset[str]] = {
     ),
     "SamplingParams": frozenset(
         (
-            *("temperature", "top_k", "top_p", "min_p", "seed", "logit_bias"),
-            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *(option.name for option in SAMPLING_OPTIONS),
+            *("seed", "logit_bias"),
             *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
             *("include_stop_in_output", "n", "logprobs", "prompt_logprobs"),
             "skip_control_tokens",
@@ -167,27 +167,21 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
 def sampling_params(
     message: pb.SamplingParams, defaults: SamplingParams | None = None
 ) -> SamplingParams:
-    """The sampling asked for, and what is not set as in ``defaults``.
+    """Returns the sampling asked for; what is not set is as in ``defaults``.
 
     A seed is chosen when sampling needs one and none is given.
     """
     LIMITS["num_logit_bias"].check("number of logit_bias", len(message.logit_bias))
+    names = (*(option.name for option in SAMPLING_OPTIONS), "seed")
     sampling = dataclasses.replace(
         defaults or SamplingParams(),
         logit_bias=tuple(sorted(message.logit_bias.items())),
-        **{name: getattr(message, name) for name in _PLAIN_FIELDS if message.HasField(name)},
+        **{name: getattr(message, name) for name in names if message.HasField(name)},
     )
     if sampling.temperature > 0 and not message.HasField("seed"):
         # 53 bits: a client that keeps numbers as doubles can send it back unchanged.
         return dataclasses.replace(sampling, seed=secrets.randbits(53))
     return sampling
-
-
-# Of SamplingParams: taken over as they are, and left at the default where they are not set.
-_PLAIN_FIELDS = (
-    *("temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
-)
 
 
 def text_options(message: pb.SamplingParams) -> TextOptions:
