@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -37,9 +38,14 @@ KINDS = {FieldDescriptor.CPPTYPE_DOUBLE: float, FieldDescriptor.CPPTYPE_INT32: i
 each_option = pytest.mark.parametrize("option", SAMPLING_OPTIONS, ids=lambda option: option.name)
 
 
+def keyword(option: SamplingOption, value: float) -> dict[str, Any]:
+    """The option's keyword, for calls whose types name every option."""
+    return {option.name: value}
+
+
 def with_example(option: SamplingOption) -> SamplingParams:
     """Sampling with the option's example, and nothing else."""
-    return SamplingParams(**{option.name: option.kind(option.example)})
+    return SamplingParams(**keyword(option, option.example))
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -76,14 +82,14 @@ def test_values_outside_the_limits_are_refused_by_name(option: SamplingOption) -
     for outside in (low - 1, high + 1, *((low,) if option.limit.above else ())):
         refusal = re.escape(f"{option.name} must be in ") + r"[(\[].*\], got " + str(outside)
         with pytest.raises(ValueError, match=f"^{refusal}$"):
-            SamplingParams(**{option.name: outside})
+            SamplingParams(**keyword(option, outside))
         with pytest.raises(ValueError, match=f"^{refusal}$"):
-            sampling_params(pb.SamplingParams(**{option.name: outside}))
+            sampling_params(pb.SamplingParams(**keyword(option, outside)))
         with pytest.raises(ValueError, match=f"^{refusal}$"):
             sampling_options.sampling_params(parse(*flags_of(option, outside)))
     if option.kind is int:
         with pytest.raises(ValueError, match=f"^{option.name} must be a whole number"):
-            SamplingParams(**{option.name: option.example + 0.5})
+            SamplingParams(**keyword(option, option.example + 0.5))
 
 
 @each_option
@@ -92,7 +98,7 @@ def test_it_has_a_field_of_the_message(option: SamplingOption) -> None:
     assert KINDS[field.cpp_type] is option.kind
     assert field.has_presence
     assert option.name in SUPPORTED_FIELDS["SamplingParams"]
-    message = pb.SamplingParams(**{option.name: option.kind(option.example)}, seed=0)
+    message = pb.SamplingParams(**keyword(option, option.example), seed=0)
     assert sampling_params(message) == with_example(option)
     # What the message leaves out is as the model says.
     assert sampling_params(pb.SamplingParams(seed=0), with_example(option)) == with_example(option)
@@ -111,8 +117,7 @@ def test_every_field_of_the_message_is_an_option_or_something_else() -> None:
 @each_option
 def test_it_has_a_keyword_of_the_client(option: SamplingOption) -> None:
     assert GenerateOptions.__annotations__[option.name] is option.kind
-    options: GenerateOptions = {}
-    options.update({option.name: option.example})  # type checkers know no names from a loop
+    options = cast(GenerateOptions, keyword(option, option.example))
     assert getattr(generate_request("x", options).sampling, option.name) == option.example
 
 
