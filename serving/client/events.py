@@ -1,4 +1,4 @@
-"""What a client gives and gets; reads it from messages. Imports neither gRPC nor JAX."""
+"""Values that a client gives and gets; reads the latter from messages. No gRPC, no JAX."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ type Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class PromptOptions(TypedDict, total=False):
-    """How a prompt becomes tokens: fields of the .proto. All but the first two are for chats."""
+    """Ways from prompt to tokens: fields of the .proto. All but the first two are for chats."""
 
     add_special_tokens: bool
     parse_special_tokens: bool

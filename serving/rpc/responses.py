@@ -1,4 +1,4 @@
-"""What the service answers with, as messages: made of outputs and descriptions, sent elsewhere."""
+"""Answers of the service, as messages: made of outputs and descriptions, sent elsewhere."""
 
 from collections.abc import Iterable
 
@@ -96,7 +96,7 @@ def _token_bytes(token_id: int, tokenizer: Tokenizer) -> bytes:
 
 
 def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
-    """What is being served."""
+    """Describes the served model."""
     num_engines = len(served.engines)
     return pb.GetModelInfoResponse(
         model_name=served.name,

@@ -98,7 +98,7 @@ def _checked_call[S, Q: Message, R](method: _Method[S, Q, R]) -> _Method[S, Q, R
 
 @dataclass(frozen=True)
 class _Serving:
-    """What exists only once the model is loaded."""
+    """All that exists only once the model is loaded."""
 
     served: ServedModel
     replicas: Replicas

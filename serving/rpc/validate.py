@@ -185,7 +185,7 @@ def sampling_params(
 
 
 def text_options(message: pb.SamplingParams) -> TextOptions:
-    """How the text is asked for."""
+    """Returns the wishes for the text."""
     return TextOptions(
         stop=tuple(message.stop),
         include_stop_in_output=message.include_stop_in_output,

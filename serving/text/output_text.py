@@ -15,7 +15,7 @@ from serving.text.tokenizer import Detokenizer, TokenBytes
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How a request wants its text; the fields of the same names in the .proto."""
+    """Wishes of a request for its text; the fields of the same names in the .proto."""
 
     stop: tuple[str, ...] = ()
     include_stop_in_output: bool = False
