@@ -4,8 +4,7 @@ import argparse
 from dataclasses import replace
 
 from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, SamplingParams
-from serving.rpc.validate import check_stop
-from serving.text.output_text import TextOptions
+from serving.text.output_text import TextOptions, check_stop
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, FinishReason, Request
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
+from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.request_stream import TextOutput
-from serving.rpc.validate import CHAT_LIMITS, DEFAULT_MAX_TOKENS, SUPPORTED_FIELDS
+from serving.rpc.validate import SUPPORTED_FIELDS
 from serving.served_model import ServedModel, Tokenizer, package_version
+from serving.text.conversation import CHAT_LIMITS
 
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
