@@ -22,7 +22,7 @@ from jaxinfer.sampling_columns import OptionColumns
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer_entrypoints.command_line import chat as chat_options
 from jaxinfer_entrypoints.command_line import sampling as sampling_options
-from serving.client.events import GenerateOptions
+from serving.client.options import GenerateOptions
 from serving.client.requests import generate_request
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.rpc.validate import SUPPORTED_FIELDS, sampling_params

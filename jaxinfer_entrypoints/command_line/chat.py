@@ -10,7 +10,7 @@ from jaxinfer_entrypoints.command_line.sampling import (
     checked_text_options,
     sampling_params,
 )
-from serving.client.events import GenerateOptions, Message
+from serving.client.options import GenerateOptions, Message
 from serving.client.requests import generate_request
 
 

@@ -19,13 +19,10 @@ from serving.address import check_address
 from serving.client.events import (
     Completion,
     Event,
-    GenerateOptions,
-    Message,
-    Prompt,
-    PromptOptions,
     completions_of,
     event_of,
 )
+from serving.client.options import GenerateOptions, Message, Prompt, PromptOptions
 from serving.client.requests import (
     abort_request,
     check_one_choice,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from serving.client.events import GenerateOptions, Message, Prompt, PromptOptions
+from serving.client.options import GenerateOptions, Message, Prompt, PromptOptions
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 MAX_TIMEOUT_SECONDS = 1_000_000_000
