@@ -78,11 +78,12 @@ test-aot: $(AOT)/.ready ## compile for TPUs that are not there; ARGS are pytest'
 test-aot-full: $(AOT)/.ready ## the same for models of full depth, minutes each
 	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/aot -m full $(ARGS)
 
-lint: $(DEVELOPMENT) ## ruff, pyright, import contracts, stubs up to date
+lint: $(DEVELOPMENT) ## ruff, pyright, import contracts, docstrings, stubs up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/pyright
 	@$(VENV)/bin/lint-imports
+	@$(PYTHON) tools/check_docstrings.py
 	@$(PYTHON) tools/build_proto.py --check
 
 proto: $(DEVELOPMENT) ## regenerate the committed protobuf stubs

@@ -1,4 +1,4 @@
-"""What a step leaves on the device for the next one, and what it yields."""
+"""State that a step leaves on the device for the next one, and the result that it yields."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class StepState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepResult:
-    """What a call yields, for at most C steps, R logits rows, D decodes, N tiles of B rows.
+    """The yield of a call of at most C steps, R logits rows, D decodes, N tiles of B rows.
 
     ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``num_drafted`` [C, D] int32:
     guesses of each decode that were verified. ``draft_lens`` [D + N] int32: what ``StepState`` has

@@ -23,10 +23,9 @@ from serving.client.events import (
     Delta,
     Event,
     Finished,
-    GenerateOptions,
-    Message,
     Started,
 )
+from serving.client.options import GenerateOptions, Message
 
 COMMANDS = {
     "/reset": "forget the conversation; --system stays",

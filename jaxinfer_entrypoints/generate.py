@@ -29,7 +29,7 @@ from jaxinfer_entrypoints.command_line.sampling import (
 )
 from jaxinfer_entrypoints.loading.assembly import add_engine_options, load_model
 from jaxinfer_entrypoints.loading.phases import Phases
-from serving.rpc.validate import DEFAULT_MAX_TOKENS
+from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.text.output_text import OutputText, output_texts
 from serving.text.tokenizer import Tokenizer
 

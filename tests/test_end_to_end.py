@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from serving.client import AsyncClient, Client
-from serving.client.events import Completion, GenerateOptions, Message
+from serving.client.events import Completion
+from serving.client.options import GenerateOptions, Message
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = json.loads((ROOT / "tests/data/smollm2_f32.json").read_text())["prompts"]

@@ -1,30 +1,22 @@
-"""``bench.py host``: where the host's time goes in a step, and whether the device hides it."""
+"""``bench.py host``: the host's time in a step by phase, and whether the device hides it."""
 
 import argparse
 import time
 from typing import Any
 
 from jaxinfer.engine import Engine
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import SAMPLING_OPTIONS, SamplingParams
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure, random_prompts, requests_of
 from jaxinfer_entrypoints.benchmarks.scheduler import scheduler_times
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, largest_shape, new_engine
 from serving.text.tokenizer import Detokenizer
 
+EXAMPLES: dict[str, Any] = {option.name: option.example for option in SAMPLING_OPTIONS}
 FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature": {"sampling": SamplingParams(temperature=1.0)},
     "all features": {
-        "sampling": SamplingParams(
-            temperature=1.0,
-            top_k=50,
-            top_p=0.9,
-            min_p=0.01,
-            repetition_penalty=1.1,
-            presence_penalty=0.1,
-            frequency_penalty=0.1,
-            logit_bias=((5, 1.0), (6, -1.0)),
-        ),
+        "sampling": SamplingParams(**EXAMPLES, logit_bias=((5, 1.0), (6, -1.0))),
         "min_tokens": 24,
         "stop_token_ids": (0,),
         "logprobs": 20,

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxinfer.batch import batch_shapes
 from jaxinfer.engine import Engine
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import SAMPLING_OPTIONS, Request, SamplingParams
 from jaxinfer_entrypoints.benchmarks.measuring import Measured, describe, measure, random_prompts
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 
@@ -83,12 +83,13 @@ def make_requests(vocab_size: int, longest: int, count: int, output_len: int) ->
     random = np.random.default_rng(0)
     lengths = random.integers(4, max(5, longest // 5), count)
     prompts = random_prompts(vocab_size, lengths.tolist())
-    samplings = (
-        SamplingParams(),
-        SamplingParams(temperature=0.8, top_p=0.9, seed=1),
-        SamplingParams(temperature=1.0, top_k=20, repetition_penalty=1.2, seed=2),
-        SamplingParams(temperature=1.1, min_p=0.05, frequency_penalty=0.3, seed=3),
-    )
+    # Greedy, and three that share all options between them, each at a temperature of its own.
+    examples: dict[str, Any] = {option.name: option.example for option in SAMPLING_OPTIONS}
+    del examples["temperature"]
+    samplings = [SamplingParams()]
+    for number, temperature in enumerate((1.0, 0.8, 1.1)):
+        some = dict(list(examples.items())[number::3])
+        samplings.append(SamplingParams(temperature=temperature, **some))
     requests = []
     for number, prompt in enumerate(prompts):
         shared = prompts[number - number % 4] if number % 4 else ()

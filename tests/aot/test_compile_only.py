@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the program printed, and how it ended."""
+    """The output of the program, and its exit status."""
 
     status: int
     stdout: str

@@ -71,7 +71,7 @@ def compiled(name: str) -> Compiled:
 
 
 def collectives(text: str) -> collections.Counter[tuple[str, int]]:
-    """How many of each kind and size, in numbers of the result, a program has."""
+    """Counts a program's collectives by kind and size, in numbers of the result."""
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
     for result, kind in re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text):

@@ -1,4 +1,4 @@
-"""What a page costs, and how many fit."""
+"""The cost of a page, and the number of pages that fit."""
 
 from typing import Any
 

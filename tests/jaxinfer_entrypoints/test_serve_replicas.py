@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serving.client import AsyncClient
-from serving.client.events import GenerateOptions
+from serving.client.options import GenerateOptions
 from tests.jaxinfer_entrypoints.conftest import SIZES
 
 ROOT = Path(__file__).parent.parent.parent

@@ -72,7 +72,7 @@ class ByteTokenizer:
 def expected_token_ids(
     prompt: Sequence[int], num_tokens: int, seed: int = 0, choice: int = 0
 ) -> list[int]:
-    """What ``FakeEngine`` generates: lower-case letters, a function of what is given here."""
+    """Returns the tokens of ``FakeEngine``: lower-case letters, a function of the arguments."""
     return [expected_token_id(prompt, i, seed, choice) for i in range(num_tokens)]
 
 

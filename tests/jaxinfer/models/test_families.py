@@ -38,7 +38,7 @@ def parameters_of(case: str) -> dict[Any, Any]:
 def greedy_tokens(
     case: str, num_devices: int = 1, chunk: int = 16, num_neighbours: int = 0
 ) -> list[int]:
-    """What an engine makes of the prompt, its chunks of ``chunk`` tokens.
+    """Returns an engine's continuation of the prompt, in chunks of ``chunk`` tokens.
 
     Beside it run ``num_neighbours`` other prompts, of other lengths.
     """

@@ -31,7 +31,7 @@ def policy(quantization: str | None) -> DtypePolicy:
 
 @functools.cache
 def parameters_of(case: str, quantization: str | None) -> dict[Any, Any]:
-    """Of one device."""
+    """Loads the parameters for one device."""
     checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
     _, state = models.abstract(checkpoint.model, dtypes)
     abstract = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
@@ -50,7 +50,7 @@ def dequantize(tree: Any, path: tuple[Any, ...], made: Any) -> Any:
 
 
 def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
-    """What an engine makes of the prompt."""
+    """Returns an engine's continuation of the prompt."""
     checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
     mesh = make_mesh(jax.devices()[:num_devices])
     engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
@@ -97,7 +97,7 @@ def test_eight_devices_give_the_tokens_of_one(
 
 
 def test_a_quarter_of_the_bytes() -> None:
-    """Of the matrices; norms and the router stay as they are."""
+    """Matrices shrink so; norms and the router stay as they are."""
     plain, quantized = parameters_of("qwen2", None), parameters_of("qwen2", "int8")
     matrices = [leaf for leaf in jax.tree.leaves(plain) if leaf.ndim > 1]
     small = [

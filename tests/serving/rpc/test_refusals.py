@@ -1,4 +1,4 @@
-"""What must be refused over the wire: with its name, its limit, and no effect on pages."""
+"""Requests that must be refused over the wire: by name and limit, with no effect on pages."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.serving.running import run, running_server
 
 
 def refusal(request: pb.GenerateRequest) -> ServerError:
-    """What a server says to a request that it must refuse with no effect on its pages."""
+    """Returns the answer to a request that must be refused with no effect on the server's pages."""
 
     async def test() -> ServerError:
         engine = FakeEngine()
