@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was"]
 DECISIVE_GAP = 0.02  # nats between the best two tokens; sums are taken in another order
@@ -21,12 +23,13 @@ def generate(num_devices: int, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, str(script), "--cpu", "--tensor-parallel", str(num_devices)]
     command += ["--input", str(lines), "--json", "--quiet", "--ignore-eos", "--max-tokens", "24"]
     command += ["--logprobs", "2", "--max-model-len", "256", "--kv-memory", "64MiB"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(600)  # programs for three devices are compiled
 @pytest.mark.model
 def test_three_devices_give_the_tokens_of_one(tmp_path: Path) -> None:
     num_compared = 0
