@@ -15,7 +15,6 @@ from jaxinfer_entrypoints.loading.assembly import parse_bytes
 from tests.checkpoints.gguf.tiny_gguf import STRING, llama_bytes
 from tests.jaxinfer.tiny import tiny_model
 from tests.jaxinfer_entrypoints.conftest import Run
-from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,9 +82,7 @@ def test_a_tokenizer_that_cannot_be_built_is_named(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize("platform", [["--gpu"], ["--tpu", "v5e"]])
 def test_a_missing_accelerator_is_one_line(platform: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), *platform, "abc"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
