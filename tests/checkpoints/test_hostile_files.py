@@ -2,8 +2,8 @@
 
 Whatever a file says, opening it, its tokenizer, a text and a chat through that, and all parameters
 take no longer than ``MAX_SECONDS`` of the processor and no more memory than ``memory_limit`` of the
-bytes that are there. Python's and numpy's memory is counted by tracemalloc, array by array, touched or not; that
-of the libraries underneath (tokenizers, safetensors, XLA) by the kernel, page by page.
+bytes that are there. Python's and numpy's memory is counted by tracemalloc, array by array, touched
+or not; that of the libraries underneath (tokenizers, safetensors, XLA) by the kernel, page by page.
 """
 
 import gc
