@@ -25,8 +25,6 @@ from jaxinfer.step_state import abstract_state
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 
-pytestmark = pytest.mark.timeout(600)
-
 LAYERS = 2
 MODEL = dataclasses.replace(model_config("llama-3-8b"), num_hidden_layers=LAYERS)
 SMALL = dataclasses.replace(

@@ -23,8 +23,6 @@ from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 from jaxinfer_entrypoints.memory.plan import MemoryPlan, plan_memory
 
-pytestmark = pytest.mark.timeout(600)
-
 LAYERS = 2
 DENSE = dataclasses.replace(model_config("llama-3-8b"), num_hidden_layers=LAYERS)
 EXPERTS = dataclasses.replace(model_config("qwen3-30b-a3b"), num_hidden_layers=LAYERS)

@@ -18,6 +18,7 @@ from jaxinfer_entrypoints.generate import shapes_for
 from jaxinfer_entrypoints.loading.assembly import PickShapes
 from serving.text.tokenizer import Tokenizer
 from tests.jaxinfer_entrypoints.conftest import SIZES, Run
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import FakeEngine, expected_text, expected_token_ids, served_model
 
 ROOT = Path(__file__).parents[2]
@@ -347,7 +348,7 @@ def test_runs_as_a_program_from_anywhere(model_path: Path, tmp_path: Path) -> No
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=True,
         env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)},
     )

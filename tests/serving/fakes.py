@@ -10,6 +10,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.schedule import EngineStats, RequestOutput, TokenLogprobs
 from serving.served_model import ServedModel
+from tests.patience import HANG_SECONDS
 
 EOS = 257
 VOCAB_SIZE = 258
@@ -164,7 +165,7 @@ class FakeEngine:
 
     def step(self) -> list[RequestOutput]:
         self.threads.add(threading.get_ident())
-        assert self.gate.wait(timeout=20)
+        assert self.gate.wait(timeout=HANG_SECONDS)
         if self.step_seconds:
             time.sleep(self.step_seconds)
         self.num_steps += 1

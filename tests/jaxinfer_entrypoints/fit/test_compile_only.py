@@ -16,6 +16,7 @@ from jaxinfer_entrypoints.machine import tpu_topology
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from tests.jaxinfer.tiny import tiny_model
 from tests.jaxinfer_entrypoints.conftest import Run
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +27,7 @@ def error_of(*flags: str) -> tuple[int, str]:
         [sys.executable, str(ROOT / "scripts" / "serve.py"), *flags],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.stdout == ""

@@ -9,6 +9,7 @@ from jaxinfer.request import LIMITS
 from serving.client import ServerError
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import MAX_MODEL_LEN, NUM_PAGES, FakeEngine
 from tests.serving.running import run, running_server
 
@@ -30,7 +31,7 @@ async def call_error(target: str, request: pb.GenerateRequest) -> ServerError:
     async with grpc.aio.insecure_channel(target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         try:
-            async for _ in stub.Generate(request, timeout=20):
+            async for _ in stub.Generate(request, timeout=HANG_SECONDS):
                 pass
         except grpc.aio.AioRpcError as error:
             return ServerError(error.code().name, error.details() or "")
