@@ -28,7 +28,7 @@ class HoldsIntegers(Protocol):
     def model(self) -> ModelConfig: ...
 
     def held_format(self, name: str) -> Format | None:
-        """What a tensor can be kept in, None where it is of floats."""
+        """Returns what a tensor can be kept in, None where it is of floats."""
         ...
 
     def integers(self, name: str) -> Integers:

@@ -34,7 +34,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Described(Protocol):
-    """What a checkpoint has besides weights: its tokenizer, and how it is to be sampled."""
+    """A checkpoint besides its weights: its tokenizer, and how it is to be sampled."""
 
     @property
     def tokenizer(self) -> AnyTokenizer: ...

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors become: parameters, or the arrays of quantized matrices."""
+"""Parameters, or the arrays of quantized matrices, made of a checkpoint's tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which canonical tensors a parameter is made of, and how.
+"""Parameters made of canonical tensors: of which, and how.
 
 Parameters are the modules' own (jaxinfer/models): named by the last part of their path, in the
 order of dimensions that their products want. Canonical tensors: see tensor_names. Axis letters: E

@@ -122,7 +122,7 @@ class Engine:
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        """What the engine keeps on each of its devices, in bytes."""
+        """Returns the bytes that the engine keeps on each of its devices, by kind."""
         state = self._abstract_state
         return {
             "parameters": _device_bytes((self.abstract_parameters, self.abstract_draft_parameters)),
@@ -133,7 +133,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a step would have something to do."""
+        """True while a step would have something to do."""
         return self._scheduler.has_unfinished
 
     @property
@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def host_seconds(self) -> dict[str, float]:
-        """Where the host's time went since start, in seconds, over ``sent`` and ``read`` calls.
+        """Returns the host's seconds since start by phase, and the calls ``sent`` and ``read``.
 
         ``schedule``, ``pack``, ``dispatch``, ``wait`` (for the device), ``convert``, ``update``.
         """
@@ -268,7 +268,7 @@ class Engine:
             return self._scheduler.update(call.schedule, output)
 
     def _note_drafts(self, call: _Call, output: StepOutput) -> None:
-        """How long the device took for steps of decodes alone."""
+        """Notes how long the device took for steps of decodes alone."""
         now = time.perf_counter()
         # The device began when the call came, or when it had done the one before.
         seconds = now - max(call.sent_seconds, self._read_seconds)

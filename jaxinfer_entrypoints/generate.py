@@ -232,7 +232,7 @@ def print_result(generation: Generation, options: argparse.Namespace) -> None:
 
 
 def describe(choice: Choice, with_logprobs: bool) -> dict[str, Any]:
-    """What JSON says of one choice."""
+    """Describes one choice as JSON."""
     assert choice.finish_reason
     result: dict[str, Any] = {
         "token_ids": choice.token_ids,

@@ -29,7 +29,7 @@ def test_search(case): pass
 
 
 def last_line(folder: Path, *arguments: str) -> str:
-    """Of a run of pytest over ``TESTS``."""
+    """Returns the last line of a run of pytest over ``TESTS``."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(TESTS)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Which formats the matrices of a converted folder are in, as its description says it."""
+"""Formats of the matrices of a converted folder, as its description says it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def quantization_to_json(quantization: Quantization) -> dict[str, Any]:
 
 
 def quantization_from_json(value: object) -> Quantization:
-    """What ``quantization_to_json`` wrote. Raises ``ValueError`` naming what cannot be."""
+    """Reads what ``quantization_to_json`` wrote. Raises ``ValueError`` naming what cannot be."""
     if not isinstance(value, dict):
         raise ValueError(f"quantization must be an object, got {value!r:.40}")
     name, formats = value.get("name"), value.get("formats")

@@ -84,7 +84,7 @@ class GGUFCheckpoint:
         return dequantize_columns(data, tensor_type).T
 
     def held_format(self, name: str) -> Format | None:
-        """What a tensor's integers can be kept in, None where it is of floats. Canonical names."""
+        """Returns what a tensor's integers can be kept in, None for floats. Canonical names."""
         held = HELD.get(self._file.tensors[self._places[name].names[0]].type.name)
         return held.form if held else None
 

@@ -21,7 +21,7 @@ _Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class HeldType:
-    """What blocks of a type are kept in; ``rounds``: whether scales are rounded for it."""
+    """A format that blocks of a type are kept in; ``rounds``: scales are rounded for it."""
 
     form: GroupedFormat
     split: Callable[[np.ndarray], _Parts]

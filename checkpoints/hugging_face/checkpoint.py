@@ -65,7 +65,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """What generation_config.json asks for. Raises ``ValueError`` when that cannot be."""
+        """Reads generation_config.json. Raises ``ValueError`` when what it asks for cannot be."""
         return read_default_sampling(self.path)
 
     def tensor(self, name: str) -> np.ndarray:
@@ -83,7 +83,7 @@ class HuggingFaceCheckpoint:
         return tensor
 
     def held_format(self, name: str) -> HeldFormat | None:
-        """What a tensor's integers can be kept in, None where it is of floats. Canonical names."""
+        """Returns what a tensor's integers can be kept in, None for floats. Canonical names."""
         place = self._places[name]
         if not all(self._is_packed(file_name, place) for file_name in place.names):
             return None

@@ -48,7 +48,7 @@ class PackedFiles:
         self._shapes = files.shapes()
 
     def holds(self, name: str) -> bool:
-        """Whether ``name``, which ends in ".weight", is packed: its integers are there."""
+        """Tells if ``name``, which ends in ".weight", is packed: its integers are there."""
         if self._packing is None or not name.endswith(_WEIGHT):
             return False
         values = name.removesuffix(_WEIGHT) + _VALUES[self._packing.layout]
@@ -80,7 +80,7 @@ class PackedFiles:
         return {part.name for part in parts.values()}
 
     def is_empty_bias(self, name: str) -> bool:
-        """Whether ``name`` is a bias of zeros of a packed matrix: some tools give one to each."""
+        """Tells if ``name`` is a bias of zeros of a packed matrix: some tools give one to each."""
         if not name.endswith(".bias") or not self.holds(name.removesuffix(".bias") + _WEIGHT):
             return False
         shape = self._shapes[name]
@@ -89,7 +89,7 @@ class PackedFiles:
         return not self._files.read(name, slice(0, shape[0])).any()
 
     def held_format(self, name: str, shape: tuple[int, ...]) -> HeldFormat | None:
-        """What a packed matrix [out, in] can be kept in, None where inputs of a group are apart."""
+        """Returns the format of a packed matrix [out, in], None if inputs of a group are apart."""
         packing, parts = self._known(), self._parts(name, shape)
         if self._groups_of(parts, shape[1]) is not None:
             return None

@@ -93,7 +93,7 @@ class PackedMatrix:
 def kept_format(
     bits: int, group: int, num_inputs: int, has_zeros: bool, scales: str
 ) -> HeldFormat | None:
-    """What integers of ``bits`` in groups of neighbours can be kept in; None where in nothing.
+    """Returns what integers of ``bits`` in groups of neighbours can be kept in; None for nothing.
 
     ``scales``: their dtype, float16 or float32.
     """

@@ -64,7 +64,7 @@ class OutputScaledWeight(nnx.Module):
         }
 
     def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
-        """What ``keep`` made ``arrays`` of."""
+        """Returns what ``keep`` made ``arrays`` of."""
         outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
         order = (*outputs, *self.inputs)
         back = np.argsort(order)

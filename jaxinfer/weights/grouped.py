@@ -93,7 +93,7 @@ class GroupedWeight(nnx.Module):
         )
 
     def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
-        """What ``keep`` made ``arrays`` of."""
+        """Returns what ``keep`` made ``arrays`` of."""
         form, last = self.form, self.inputs[-1]
         values = arrays["values"]
         if form.bits == 4:
@@ -118,7 +118,7 @@ class GroupedWeight(nnx.Module):
         return array.reshape(*before, -1, self.form.group, *after)
 
     def arrays(self, groups: Any, scales: Any, minimums: Any) -> dict[str, Any]:
-        """What is held of integers [..., I/G, G, O...], their scales and minimums [..., I/G, 1,
+        """Packs integers [..., I/G, G, O...], their scales and minimums [..., I/G, 1,
         O...].
         """
         axis, form = self.axis, self.form

@@ -32,7 +32,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 
 def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """How many requests gave the tokens they give alone, by arrangement; and what that costs."""
+    """Counts the requests that gave the tokens they give alone, by arrangement; and the cost."""
     longest = min(768, loaded.spec.config.max_model_len)
     requests = make_requests(
         loaded.spec.model.vocab_size, longest, options.num_prompts, options.output_len

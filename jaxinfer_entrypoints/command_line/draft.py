@@ -46,7 +46,7 @@ def add_draft_options(group: Any) -> None:
 
 
 def draft_kind(options: argparse.Namespace) -> tuple[DraftKind | None, int]:
-    """Who guesses, and with how many of the model's layers where it is those.
+    """Returns who drafts, and with how many of the model's layers where it is those.
 
     Raises ``ValueError`` for what cannot be.
     """

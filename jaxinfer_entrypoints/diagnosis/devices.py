@@ -1,4 +1,4 @@
-"""Which devices there are and what would fit: what doctor.py runs in a process of its own.
+"""Devices, and what would fit on them: doctor.py runs this in a process of its own.
 
 Looking for devices may hang or end the process, so it is done in one that can be given up.
 """

@@ -27,7 +27,7 @@ LENGTH = 1024
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What was planned and what the compiler says, bytes on each chip.
+    """The plan beside what the compiler says, bytes on each chip.
 
     ``seconds`` of tracing and compiling all programs.
     """
@@ -63,7 +63,7 @@ class CompileReport:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the programs call a kernel of ours; plain XLA otherwise."""
+        """True where the programs call a kernel of ours; plain XLA otherwise."""
         program = next(iter(self.engine.programs.values()))
         return "tpu_custom_call" in program.as_text()
 
@@ -137,7 +137,7 @@ def describe(report: CompileReport) -> str:
 
 
 def _dividing_flags(options: argparse.Namespace) -> str:
-    """What the user said of how the chips are divided, as it was typed."""
+    """Returns what the user said of how the chips are divided, as it was typed."""
     flags = []
     if options.tensor_parallel is not None:
         flags.append(f"--tensor-parallel {options.tensor_parallel}")

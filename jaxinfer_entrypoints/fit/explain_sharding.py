@@ -1,4 +1,4 @@
-"""Which array lies where, as text: what ``serve.py --explain-sharding`` prints."""
+"""The table of arrays and where they lie that ``serve.py --explain-sharding`` prints."""
 
 import dataclasses
 import math

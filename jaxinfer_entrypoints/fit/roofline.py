@@ -46,7 +46,7 @@ class Roofline:
         )
 
     def _weight_bytes(self, rows: float) -> float:
-        """What a step of ``rows`` reads of a chip's weights, as if experts were chosen evenly.
+        """Counts what a step of ``rows`` reads of a chip's weights, experts chosen evenly.
 
         All but an embedding table, of which few rows, and experts that no row wants.
         """
@@ -65,7 +65,7 @@ class Roofline:
         return self.spec.model.num_experts_per_tok / self.spec.model.num_experts
 
     def _expert_bytes(self) -> float:
-        """Of all experts, on one chip."""
+        """Counts the bytes of all experts on one chip."""
         physical = physical_model(self.spec.model, self.spec.mesh.size)
         size = 3 * physical.hidden_size * physical.intermediate_size * physical.num_experts
         return physical.num_hidden_layers * size * self._itemsize / self.spec.mesh.size

@@ -1,4 +1,4 @@
-"""Where a model that does not fit would, by arithmetic."""
+"""Places where a model that does not fit would, by arithmetic."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ SMALLER = "int8"
 
 
 def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "") -> str:
-    """Why the model called ``name`` does not fit ``target``, and what would, in one line.
+    """Says why the model called ``name`` does not fit ``target``, and what would, in one line.
 
     ``flags``: those of the user's that divide the target's chips in another way than the default.
     """

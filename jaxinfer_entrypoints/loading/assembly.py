@@ -53,7 +53,7 @@ PickShapes = Callable[[Engine, Tokenizer, SamplingParams], Sequence[BatchShape] 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be loaded where, with which sizes; nothing is allocated yet.
+    """A model to load, its sizes and its devices; nothing is allocated yet.
 
     ``checkpoint`` is None where a configuration without weights was asked for. ``devices``: of all
     replicas; ``spec`` has those of the first one.
@@ -267,7 +267,7 @@ def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def model_name(model: str) -> str:
-    """What a model is called: its name in the catalog, on the hub, of its folder or its file."""
+    """Returns a model's name: in the catalog, on the hub, of its folder or its file."""
     path = Path(model)
     if model in CATALOG and not path.exists():
         return model

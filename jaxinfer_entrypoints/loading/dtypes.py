@@ -36,7 +36,7 @@ def add_format_options(group: Any) -> None:
 def pick_dtypes(
     options: argparse.Namespace, checkpoint: Checkpoint | None, device: Any
 ) -> DtypePolicy:
-    """What the flags ask for on ``device``, or what a converted folder has been made of.
+    """Picks what the flags ask for on ``device``, or what a converted folder has been made of.
 
     Raises ``ValueError`` in one line for a format that is not to be had.
     """
@@ -60,7 +60,7 @@ def pick_dtypes(
 
 
 def describe_rounding(checkpoint: Checkpoint) -> str:
-    """What was rounded of integers that could not be kept with their scales; "" for nothing."""
+    """Says what was rounded of integers that could not be kept as they are; "" for nothing."""
     if not isinstance(checkpoint, GGUFCheckpoint):
         return ""
     rounded = {name: error for name, error in checkpoint.rounding.items() if error}

@@ -141,7 +141,7 @@ def default_kv_bytes(spec: EngineSpec, num_replicas: int) -> int:
 
 
 def tpu_kv_bytes(spec: EngineSpec, free: int) -> int:
-    """What of a chip's ``free`` bytes all else leaves to the KV cache, not below 0."""
+    """Returns what all else leaves of a chip's ``free`` bytes to the KV cache, not below 0."""
     smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
     plan = plan_memory(dataclasses.replace(spec, config=smallest))
     left = int((free - plan.total + plan.kv_pages + plan.page_copies) * TPU_KV_FRACTION)

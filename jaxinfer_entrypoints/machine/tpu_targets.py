@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class TpuGeneration:
-    """What one chip of a generation has, and which slices of it exist.
+    """One generation of chips: what a chip has, and which slices exist.
 
     ``device_kinds``: how its devices call themselves. ``cores_per_chip``: names such as v5p-8 count
     cores. ``hbm_bytes``: what the compiler lets one program use, a little less than the chip has.

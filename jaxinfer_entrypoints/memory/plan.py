@@ -1,4 +1,4 @@
-"""What each chip will hold, by arithmetic: before anything is loaded, compiled or allocated."""
+"""Bytes that each chip will hold, by arithmetic: before anything is loaded or compiled."""
 
 import dataclasses
 import math
@@ -83,7 +83,7 @@ def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
 
 
 def _temporary_bytes(spec: EngineSpec, shape: BatchShape) -> int:
-    """Of the largest step: what lies between two products of the MLP, logits in three versions.
+    """Estimates the largest step's: what lies between two products of the MLP, logits three times.
 
     A head that is the embedding too, or is divided, lies otherwise than one of its uses wants it.
     """
@@ -102,7 +102,7 @@ def _temporary_bytes(spec: EngineSpec, shape: BatchShape) -> int:
 
 
 def _code_bytes(model: ModelConfig, shape: BatchShape, mesh: Mesh) -> int:
-    """Of a program: tiles of prompts bring more of everything."""
+    """Estimates a program's code: tiles of prompts bring more of everything."""
     once, layer = DECODES_CODE, DECODES_LAYER_CODE
     if shape.num_tiles:
         once, layer = TILES_CODE, TILES_LAYER_CODE

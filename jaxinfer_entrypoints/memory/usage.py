@@ -1,4 +1,4 @@
-"""How much memory there is, and one table of what goes where."""
+"""Memory that there is, and one table of what goes where."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def free_bytes(device: Device) -> int | None:
 
 
 def memory_table(engines: Sequence[Engine], devices: Sequence[Device]) -> str:
-    """What a replica keeps on each of its devices, and all on all, in MiB, and what is free now.
+    """Tabulates what a replica keeps on each device, all on all, in MiB, and what is free now.
 
     Replicas are alike; where one has more of something, that is shown.
     """
@@ -60,7 +60,7 @@ def memory_table(engines: Sequence[Engine], devices: Sequence[Device]) -> str:
 
 
 def _available_host_bytes() -> int | None:
-    """What Linux, or a container's limit, would give without swapping; unknown elsewhere."""
+    """Returns what Linux, or a container, would give without swapping; unknown elsewhere."""
     free = [free] if (free := cgroup_memory()[1]) is not None else []
     for line in lines_of(Path("/proc/meminfo")):
         name, _, value = line.partition(":")

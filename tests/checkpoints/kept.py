@@ -26,7 +26,7 @@ def policy(checkpoint: KeptCheckpoint) -> DtypePolicy:
 
 
 def parameters_of(checkpoint: KeptCheckpoint, dtypes: DtypePolicy) -> dict[Any, Any]:
-    """What is loaded on one device."""
+    """Returns what is loaded on one device."""
     _, state = models.abstract(checkpoint.model, dtypes)
     abstract = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
     made = quantized_weights(checkpoint.model, dtypes)

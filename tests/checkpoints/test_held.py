@@ -78,7 +78,7 @@ def test_tensors_of_different_types_share_the_smallest_format_with_room(tmp_path
 
 
 def tokens_of(path: Path, num_devices: int, keeps: bool) -> list[int]:
-    """What an engine makes of a prompt."""
+    """Returns what an engine makes of a prompt."""
     checkpoint = GGUFCheckpoint(path)
     dtypes = policy(checkpoint) if keeps else CPU_DTYPES
     mesh = make_mesh(jax.devices()[:num_devices])

@@ -49,7 +49,7 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def prompt_of(*turns: tuple[str, str]) -> list[int]:
-    """What the fake template makes of a conversation."""
+    """Returns what the fake template makes of a conversation."""
     return ByteTokenizer().encode_chat([{"role": r, "content": c} for r, c in turns])
 
 
@@ -310,7 +310,7 @@ def test_a_server_that_aborts_says_so(chat_with: Chat) -> None:
 
 
 def test_an_answer_that_breaks_off(chat_with: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What came of it ends its line; neither it nor the message stays."""
+    """The answer so far ends its line; neither it nor the message stays."""
 
     def broken(*_: object, **__: object) -> Iterator[Event]:
         yield Delta(0, "begun", (1, 2))

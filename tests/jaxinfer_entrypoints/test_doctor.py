@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_as_a_process(tmp_path: Path) -> None:
-    """What anyone would paste: the machine's devices, no secrets, no home folder."""
+    """The page can be pasted: the machine's devices, no secrets, no home folder."""
     home = tmp_path / "someone"
     home.mkdir()
     variables = {

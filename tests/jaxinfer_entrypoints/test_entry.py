@@ -90,7 +90,7 @@ def test_interrupt_reaches_the_program_once_it_runs() -> None:
 
 
 def test_this_process_is_none_of_the_programs() -> None:
-    """Who imports a script keeps their own way of being interrupted."""
+    """Importers of a script keep their own way of being interrupted."""
     from jaxinfer_entrypoints import entry
 
     assert not entry._is_program()

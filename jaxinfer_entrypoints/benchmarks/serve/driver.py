@@ -196,7 +196,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 async def greet(client: AsyncClient, address: str) -> pb.GetModelInfoResponse:
-    """What is served; raises ``ValueError`` in one line when nobody answers."""
+    """Asks what is served; raises ``ValueError`` in one line when nobody answers."""
     try:
         async with asyncio.timeout(GREETING_SECONDS):
             return await client.model_info()
@@ -292,7 +292,7 @@ async def request(
 
 
 def describe(options: argparse.Namespace, info: pb.GetModelInfoResponse) -> dict[str, Any]:
-    """What was asked for, of which server, with which client."""
+    """Describes what was asked for, of which server, with which client."""
     packages = ("jaxinfer", "grpcio", "numpy")
     served = ("version", "weights_dtype", "activations_dtype", "kv_cache_dtype", "quantization")
     sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")

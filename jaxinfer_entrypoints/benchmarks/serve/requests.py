@@ -61,7 +61,7 @@ def make_load(
 
 
 def count_prompts(options: argparse.Namespace, lines: Sequence[PromptLine] | None) -> int:
-    """How many requests a run has."""
+    """Returns how many requests a run has."""
     if lines is None:
         return options.num_prompts or DEFAULT_NUM_PROMPTS
     if options.num_prompts is not None and options.num_prompts > len(lines):

@@ -105,7 +105,7 @@ def test_a_last_group_that_is_shorter(tmp_path: Path, kind: Kind) -> None:
 
 
 def tokens_of(path: Path, num_devices: int, keeps: bool) -> list[int]:
-    """What an engine makes of a prompt."""
+    """Returns what an engine makes of a prompt."""
     checkpoint = HuggingFaceCheckpoint(path)
     dtypes = policy(checkpoint) if keeps else CPU_DTYPES
     mesh = make_mesh(jax.devices()[:num_devices])
@@ -125,7 +125,7 @@ def test_tokens_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
 
 
 def test_tokens_on_eight_devices(tmp_path: Path, many_devices: ManyDevices) -> None:
-    """Where heads are repeated and ends padded, and scales are the outputs' own."""
+    """Heads are repeated here, ends padded, and scales are the outputs' own."""
     write_packed(tmp_path, "qwen3_moe", KINDS["int8"])
     assert many_devices(tokens_of, tmp_path, 8, True) == tokens_of(tmp_path, 1, keeps=False)
 

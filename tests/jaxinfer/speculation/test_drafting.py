@@ -186,7 +186,7 @@ def test_all_that_changes_logits_changes_guesses_too() -> None:
 
 
 def test_another_width_of_the_vocabulary() -> None:
-    """What fills a vocabulary up is never guessed, and a draft may lack it."""
+    """Fillers of a vocabulary are never drafted, and a draft model may lack them."""
     for size in (90, 100):
         model = dataclasses.replace(SMALL, vocab_size=size)
         engine = drafting(DraftModel(model, CPU_DTYPES), random_parameters(model, 3))

@@ -24,7 +24,7 @@ from tests.jaxinfer.tiny import (
 
 
 def lookup(known: list[int], num_drafts: int, max_len: int = 24) -> list[int]:
-    """What is guessed after ``known``, beside a row that has something else."""
+    """Returns what is drafted after ``known``, beside a row that has something else."""
     rest = [9] * (max_len - len(known))  # what a former occupant left
     tokens = jnp.asarray([[*known, *rest], [5] * max_len])
     drafts, counts = propose_ngrams(tokens, jnp.asarray([len(known), 1]), num_drafts)

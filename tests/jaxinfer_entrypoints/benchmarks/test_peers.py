@@ -242,7 +242,7 @@ def test_points_have_names_of_their_own() -> None:
 
 
 def test_make_builds_peers_and_measures_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the targets would run; the peers themselves are gigabytes."""
+    """The targets' commands are looked at; the peers themselves are gigabytes."""
     made = [".venv/.runtime", ".venv/bin/python"]
     flags = ["PEERS=p", "PEERS_ONLY=transformers", "ARGS=--rounds 1"]
     monkeypatch.delenv("MAKEFLAGS", raising=False)  # of the tests' own make

@@ -1,4 +1,4 @@
-"""What --explain-sharding prints, and the flags that ask for devices."""
+"""The output of --explain-sharding, and the flags that ask for devices."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""What a user is told to type, in a checkout and away from one."""
+"""Commands that a user is told to type, in a checkout and away from one."""
 
 import argparse
 import tomllib

@@ -1,4 +1,4 @@
-"""What is free, and what replicas take."""
+"""Memory that is free, and what replicas take."""
 
 from pathlib import Path
 from types import SimpleNamespace
