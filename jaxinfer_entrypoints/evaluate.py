@@ -17,10 +17,10 @@ from checkpoints.held import QUANTIZATIONS
 from jaxinfer.request import Request
 from jaxinfer_entrypoints.benchmarks.measuring import describe
 from jaxinfer_entrypoints.benchmarks.weight_formats import KV_FORMATS, compare_formats, format_table
+from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
 from jaxinfer_entrypoints.command_line.text_file import read_text
 from jaxinfer_entrypoints.loading.assembly import (
     LoadedModel,
-    add_engine_options,
     largest_shape,
     load_model,
 )
@@ -38,7 +38,7 @@ def evaluate() -> None:
     text = read_text(options.text)
     phases = Phases(STARTED, quiet=options.json or options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, largest_shape)
+    loaded = load_model(load_options(options), phases, largest_shape)
     token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
     if options.max_tokens is not None:
         token_ids = token_ids[: options.max_tokens]

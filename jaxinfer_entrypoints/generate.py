@@ -20,6 +20,7 @@ from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
+from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
 from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine, parse_lines
 from jaxinfer_entrypoints.command_line.sampling import (
     add_sampling_options,
@@ -27,7 +28,7 @@ from jaxinfer_entrypoints.command_line.sampling import (
     describe_sampling,
     sampling_params,
 )
-from jaxinfer_entrypoints.loading.assembly import add_engine_options, load_model
+from jaxinfer_entrypoints.loading.assembly import load_model
 from jaxinfer_entrypoints.loading.phases import Phases
 from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.text.output_text import OutputText, output_texts
@@ -88,6 +89,7 @@ def generate() -> None:
     options = parse_arguments()
     sampling_params(options)  # what cannot be is refused before anything is fetched
     text_options = checked_text_options(options)
+    wanted = load_options(options)
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
@@ -113,7 +115,7 @@ def generate() -> None:
             generations.append(Generation(request, [Choice(new_text()) for _ in range(request.n)]))
         return shapes_for(engine, [generation.request for generation in generations])
 
-    loaded = load_model(options, phases, pick_shapes)
+    loaded = load_model(wanted, phases, pick_shapes)
     phases.print_table()
     run(loaded.engine, generations, options)
 

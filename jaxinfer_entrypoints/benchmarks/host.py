@@ -1,12 +1,13 @@
 """``bench.py host``: the host's time in a step by phase, and whether the device hides it."""
 
-import argparse
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.engine import Engine
 from jaxinfer.request import SAMPLING_OPTIONS, SamplingParams
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure, random_prompts, requests_of
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.scheduler import scheduler_times
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, largest_shape, new_engine
 from serving.text.tokenizer import Detokenizer
@@ -30,18 +31,17 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 PHASES = ("schedule", "pack", "dispatch", "convert", "update")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument("--num-steps", type=int, default=128, help="default: %(default)s")
+@dataclass(frozen=True)
+class Options:
+    """Steps to measure. Raises ``ValueError`` for too few or too many."""
+
+    num_steps: int = 128
+
+    def __post_init__(self) -> None:
+        check_range("num_steps", self.num_steps, 2, 4096)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    if not 2 <= options.num_steps <= 4096:
-        parser.error(f"--num-steps must be between 2 and 4096, got {options.num_steps}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Milliseconds a decode step, all slots in use: waiting for each, ahead, and several a call."""
     figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.spec.config.max_num_seqs}
     shapes = [*largest_shape(loaded.engine)]

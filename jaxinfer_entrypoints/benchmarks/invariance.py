@@ -1,8 +1,8 @@
 """``bench.py invariance``: the same requests in many arrangements must give the same tokens."""
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,27 +11,27 @@ from jaxinfer.batch import batch_shapes
 from jaxinfer.engine import Engine
 from jaxinfer.request import SAMPLING_OPTIONS, Request, SamplingParams
 from jaxinfer_entrypoints.benchmarks.measuring import Measured, describe, measure, random_prompts
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument("--num-prompts", type=int, default=200, help="default: %(default)s")
-    parser.add_argument(
-        "--no-cost", dest="cost", action="store_false", help="do not measure what the promise costs"
-    )
-    parser.add_argument("--output-len", type=int, default=16, help="tokens (default: %(default)s)")
+@dataclass(frozen=True)
+class Options:
+    """Requests, their new tokens, and if the promise's ``cost`` is measured too.
+
+    Raises ``ValueError`` for sizes out of range.
+    """
+
+    num_prompts: int = 200
+    output_len: int = 16
+    cost: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("num_prompts", self.num_prompts, 1, 10_000)
+        check_range("output_len", self.output_len, 1, 512)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    if not 1 <= options.num_prompts <= 10_000:
-        parser.error(f"--num-prompts must be between 1 and 10000, got {options.num_prompts}")
-    if not 1 <= options.output_len <= 512:
-        parser.error(f"--output-len must be between 1 and 512, got {options.output_len}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Counts the requests that gave the tokens they give alone, by arrangement; and the cost."""
     longest = min(768, loaded.spec.config.max_model_len)
     requests = make_requests(

@@ -4,10 +4,10 @@ Other engines guess in one program and verify in another, with the host between 
 functions are compiled apart, so that all that differs is what lies between.
 """
 
-import argparse
 import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jaxinfer.speculation.drafting import Guesses, TargetAndDraft, propose
 from jaxinfer.step import accept, compiler_options, verify, with_draft_lens, without_ended
 from jaxinfer.step_state import StepResult, StepState
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.speculation import (
     drafts_of,
     engine_for,
@@ -32,27 +33,19 @@ Program = Callable[[Any, StepState, jax.Array], tuple[StepState, StepResult]]
 WAYS = ("one program", "two programs", "three programs", "three, guesses by the host")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument(
-        "--output-len", type=int, default=96, help="new tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="all ways in turn, so often (default: %(default)s)"
-    )
+@dataclass(frozen=True)
+class Options:
+    """New tokens, and how often all ways are taken in turn. ``ValueError`` if out of range."""
+
+    output_len: int = 96
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        check_range("output_len", self.output_len, 8, 1024)
+        check_range("rounds", self.rounds, 1, 100)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    for name, value, low, high in (
-        ("--output-len", options.output_len, 8, 1024),
-        ("--rounds", options.rounds, 1, 100),
-    ):
-        if not low <= value <= high:
-            parser.error(f"{name} must be between {low} and {high}, got {value}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Milliseconds a token of one sequence in each way, medians of rounds, one step a call."""
     draft = loaded.spec.config.draft or "ngram"
     engine = engine_for(loaded, 1, draft=draft, max_steps_per_call=1, adapt_drafts=False)
@@ -73,7 +66,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             if number:  # the first round compiles
                 times[way].append(1e3 * measured.decode_seconds / measured.decode_tokens)
     return describe(loaded) | {
-        "draft": options.draft or draft,
+        "draft": loaded.options.draft or draft,
         "num_drafts": loaded.spec.config.num_drafts,
         "output_len": options.output_len,
         "rounds": options.rounds,

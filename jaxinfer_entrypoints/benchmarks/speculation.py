@@ -5,13 +5,13 @@ asked for, which shows what the program itself gains from acceptance. With a tem
 of acceptance are measured on the same prompts.
 """
 
-import argparse
 import dataclasses
 import inspect
 import math
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.speculation import drafting
 from jaxinfer_entrypoints.benchmarks.measuring import Measured, describe, measure
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.serve.plots import check_plot
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 
@@ -48,47 +49,30 @@ def prompt_texts() -> dict[str, str]:
     }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1], help="sequences at once (default: 1)"
-    )
-    parser.add_argument(
-        "--output-len", type=int, default=128, help="new tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampling (default: greedy)"
-    )
-    parser.add_argument(
-        "--simulate",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="PERCENT",
-        help="measure also with guesses that are right in so many of 100 cases",
-    )
-    parser.add_argument("--plot", type=Path, help="a PNG file of --simulate (needs matplotlib)")
+@dataclass(frozen=True)
+class Options:
+    """Measurements to take. Raises ``ValueError`` for what cannot be.
+
+    ``batch``: sequences at once, one row each. ``simulate``: percentages of drafts that are right.
+    """
+
+    batch: Sequence[int] = (1,)
+    output_len: int = 128
+    temperature: float = 0.0
+    simulate: Sequence[int] = ()
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_range("batch", self.batch, 1, 64)
+        check_range("output_len", self.output_len, 8, 1024)
+        check_range("simulate", self.simulate, 0, 100)
+        if self.plot:
+            if not self.simulate:
+                raise ValueError("--plot draws what --simulate measures")
+            check_plot(self.plot)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses what cannot be."""
-    for name, values, low, high in (
-        ("--batch", options.batch, 1, 64),
-        ("--output-len", [options.output_len], 8, 1024),
-        ("--simulate", options.simulate, 0, 100),
-    ):
-        if not all(low <= value <= high for value in values):
-            parser.error(f"{name} must be between {low} and {high}, got {values}")
-    if options.plot:
-        if not options.simulate:
-            parser.error("--plot draws what --simulate measures")
-        try:
-            check_plot(options.plot)
-        except ValueError as error:
-            parser.error(str(error))
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """A row for each number of sequences and kind of text."""
     draft = loaded.spec.config.draft or "ngram"
     # Greedy decoding accepts by both rules the same.
@@ -105,7 +89,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             del guessing
         del plain
     figures = describe(loaded) | {
-        "draft": options.draft or draft,
+        "draft": loaded.options.draft or draft,
         "draft_dtype": loaded.spec.draft.dtypes.matrices if loaded.spec.draft else None,
         "num_drafts": loaded.spec.config.num_drafts,
         "verify": rules,
@@ -212,7 +196,7 @@ def drafts_of(measured: Measured) -> tuple[int, int]:
     return sum(o.num_drafted_tokens for o in last), sum(o.num_accepted_tokens for o in last)
 
 
-def simulated(loaded: LoadedModel, options: argparse.Namespace) -> list[dict[str, Any]]:
+def simulated(loaded: LoadedModel, options: Options) -> list[dict[str, Any]]:
     """One sequence, whose tokens are known beforehand and guessed with the accuracy asked for."""
     plain = engine_for(loaded, 1, draft=None)
     text = prompt_texts()["story"]

@@ -4,7 +4,6 @@ A row has both sides in one unit, their ratio, the claim made for the technique 
 the two sides gave the same tokens, and a note where this machine cannot show the claim.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,16 +43,14 @@ class Row:
     note: str = ""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument("--only", help="rows whose technique contains this")
+@dataclass(frozen=True)
+class Options:
+    """Choice of rows: those whose technique contains ``only``, all for None."""
+
+    only: str | None = None
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Nothing to check."""
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """All rows; each is a generator so that engines are made for the rows that are wanted only."""
     rows: list[Row] = []
     for names, rows_of in TECHNIQUES.items():

@@ -3,7 +3,6 @@
 The TPU's own compiler says what each chip would hold, beside what was planned.
 """
 
-import argparse
 import dataclasses
 import re
 import signal
@@ -16,6 +15,7 @@ from jaxinfer.engine import Engine
 from jaxinfer_entrypoints.fit.roofline import Roofline
 from jaxinfer_entrypoints.fit.what_fits import refusal
 from jaxinfer_entrypoints.loading.assembly import Plan, plan_model
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.loading.sizes import DoesNotFitError
 from jaxinfer_entrypoints.machine.tpu_targets import TpuGeneration, generation_of_kind, parse_target
@@ -73,13 +73,15 @@ class CompileReport:
         return generation_of_kind(self.plan.devices[0].device_kind)
 
 
-def compile_only(options: argparse.Namespace, phases: Phases) -> None:
+def compile_only(options: LoadOptions, phases: Phases) -> None:
     """Compiles every program for ``options.tpu`` and prints what each chip would hold.
 
     Raises ``ValueError`` in one line where it does not fit: why, and what would.
     """
     # What the compiler has begun it ends before Python would hear of a Ctrl-C: minutes.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if options.tpu is None:
+        raise ValueError("compile_only needs the name of a TPU as device, such as v5e-8")
     target = parse_target(options.tpu)
     try:
         plan = plan_model(options, phases, needs_weights=False)
@@ -136,7 +138,7 @@ def describe(report: CompileReport) -> str:
     return "\n".join([*lines, *_speed_lines(report)])
 
 
-def _dividing_flags(options: argparse.Namespace) -> str:
+def _dividing_flags(options: LoadOptions) -> str:
     """Returns what the user said of how the chips are divided, as it was typed."""
     flags = []
     if options.tensor_parallel is not None:

@@ -1,6 +1,5 @@
 """Sizes of an engine: what the user does not give follows from the model and from free memory."""
 
-import argparse
 import dataclasses
 
 from jax.sharding import Mesh
@@ -9,7 +8,8 @@ from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import bytes_per_page, plan_num_pages
 from jaxinfer.sharding import num_tensor_devices
-from jaxinfer_entrypoints.command_line.draft import draft_kind
+from jaxinfer_entrypoints.loading.draft import draft_kind
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
 from jaxinfer_entrypoints.memory.usage import free_bytes
 from pallas_kernels.ragged_paged_attention import PLATFORMS
@@ -36,7 +36,7 @@ class DoesNotFitError(ValueError):
 
 
 def engine_config(
-    options: argparse.Namespace,
+    options: LoadOptions,
     model: ModelConfig,
     dtypes: DtypePolicy,
     mesh: Mesh,
@@ -47,9 +47,10 @@ def engine_config(
     Raises ``ValueError`` for sizes that cannot be, ``DoesNotFitError`` for too little memory.
     """
     device = mesh.devices.flat[0]
-    if PLATFORMS.get(options.attention, device.platform) != device.platform:
+    needed = PLATFORMS.get(options.attention or "", device.platform)
+    if needed != device.platform:
         raise ValueError(
-            f"--attention {options.attention} runs on {PLATFORMS[options.attention].upper()} only, "
+            f"--attention {options.attention} runs on {needed.upper()} only, "
             f"this is {device.device_kind}"
         )
     context = model.max_position_embeddings

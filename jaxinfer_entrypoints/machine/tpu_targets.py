@@ -1,6 +1,5 @@
 """TPUs by the names that people use: generation, chips, topology, peaks. Imports no JAX."""
 
-import argparse
 import re
 from dataclasses import dataclass
 
@@ -131,15 +130,6 @@ def generation_of_kind(device_kind: str) -> TpuGeneration:
         if device_kind in generation.device_kinds:
             return generation
     raise ValueError(f"no TPU generation has devices called {device_kind!r}")
-
-
-def tpu_name(text: str) -> str:
-    """``text`` when it names a TPU, for argparse."""
-    try:
-        parse_target(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 def _generation(name: str) -> TpuGeneration | None:

@@ -124,7 +124,7 @@ def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt
         with _naming("the prompt", prompt):
             request.text = prompt
         return
-    wanted = "a text (str), messages (serving.client.client.Message) or token ids (int)"
+    wanted = "a text (str), messages (serving.client.Message) or token ids (int)"
     if not _is_sequence(prompt):
         raise TypeError(f"the prompt must be {wanted}, got {prompt!r:.80}")
     for i, item in enumerate(prompt):

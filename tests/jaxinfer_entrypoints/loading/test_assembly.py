@@ -11,8 +11,8 @@ import pytest
 from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import make_mesh
+from jaxinfer_entrypoints.command_line.engine import parse_bytes
 from jaxinfer_entrypoints.loading import sizes as engine_sizes
-from jaxinfer_entrypoints.loading.assembly import parse_bytes
 from tests.checkpoints.gguf.tiny_gguf import STRING, llama_bytes
 from tests.jaxinfer.tiny import tiny_model
 from tests.jaxinfer_entrypoints.conftest import Run

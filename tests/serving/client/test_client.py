@@ -278,7 +278,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_neither_client_nor_server_imports_jax() -> None:
-    code = "import sys, serving.client.client, serving.rpc.server; assert 'jax' not in sys.modules"
+    code = "import sys, serving.client, serving.rpc.server; assert 'jax' not in sys.modules"
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
 
