@@ -219,6 +219,17 @@ class Engine:
         )
         self._state = allocate()
 
+    def close(self) -> None:
+        """Frees what ``start`` took of the devices' memory, and the programs; nothing runs after.
+
+        The parameters are the caller's and stay.
+        """
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()
+        self._parameters, self._state = None, None
+        self._programs, self._set_slot = {}, None
+        self._in_flight.clear()
+
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
         request.check_fits(self.spec.model.vocab_size, self.spec.config.max_model_len)

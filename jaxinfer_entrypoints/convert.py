@@ -24,7 +24,7 @@ from checkpoints.fetch.catalog import resolve
 from checkpoints.held import QUANTIZATIONS, kept_formats
 from checkpoints.load import TensorCheckpoint, open_checkpoint
 from jaxinfer.config import KEPT
-from jaxinfer_entrypoints.command_line.text_file import read_text
+from jaxinfer_entrypoints.inputs.text_file import read_text
 from jaxinfer_entrypoints.loading.phases import Phases
 from serving.text.tokenizer import Tokenizer
 

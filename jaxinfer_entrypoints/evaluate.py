@@ -18,7 +18,7 @@ from jaxinfer.request import Request
 from jaxinfer_entrypoints.benchmarks.measuring import describe
 from jaxinfer_entrypoints.benchmarks.weight_formats import KV_FORMATS, compare_formats, format_table
 from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
-from jaxinfer_entrypoints.command_line.text_file import read_text
+from jaxinfer_entrypoints.inputs.text_file import read_text
 from jaxinfer_entrypoints.loading.assembly import (
     LoadedModel,
     largest_shape,

@@ -215,18 +215,20 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     served = served_model(engine)
 
     def load(_options: object, _phases: object, pick_shapes: PickShapes) -> SimpleNamespace:
-        config = served.engine_config
-        spec = SimpleNamespace(config=config, model=served.model)
-        planned = SimpleNamespace(spec=spec, shapes=batch_shapes(config))
+        spec = SimpleNamespace(
+            config=served.engine_config, model=served.model, dtypes=served.dtypes
+        )
+        planned = SimpleNamespace(spec=spec, shapes=batch_shapes(served.engine_config))
         pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer), SamplingParams())
         return SimpleNamespace(
+            name="fake",
             engine=engine,
-            model=served.model,
-            engine_config=served.engine_config,
+            spec=spec,
             tokenizer=served.tokenizer,
+            default_sampling=SamplingParams(),
         )
 
-    monkeypatch.setattr("jaxinfer_entrypoints.generate.load_model", load)
+    monkeypatch.setattr("jaxinfer_entrypoints.llm.load_model", load)
     return engine
 
 

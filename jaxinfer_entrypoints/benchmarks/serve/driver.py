@@ -34,7 +34,7 @@ from jaxinfer_entrypoints.benchmarks.serve.requests import (
     make_load,
     read_prompts,
 )
-from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine
+from jaxinfer_entrypoints.inputs.prompt_lines import PromptLine
 from serving.client import AsyncClient, Delta, Finished, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
