@@ -13,7 +13,8 @@ import numpy as np
 
 from checkpoints.parameters import ParameterPath, assemble, source_names
 from jaxinfer.config import KEPT, MatrixFormats, ModelConfig
-from jaxinfer.models import parameter_shapes
+from jaxinfer.declaration import Declaration
+from jaxinfer.models import declared_parameters
 from jaxinfer.weights import FORMATS, Format, GroupedFormat, Int8Format, Integers, QuantizedWeight
 
 # What --quantize takes.
@@ -49,26 +50,26 @@ def kept_formats(name: str, checkpoint: object) -> MatrixFormats:
 
 def held_formats(checkpoint: HoldsIntegers) -> MatrixFormats:
     """The format of every parameter that is made of integers alone, by its path."""
-    is_tied, found = checkpoint.model.tie_word_embeddings, {}
-    for path, shape in parameter_shapes(checkpoint.model).items():
-        if len(shape) > 1:
-            forms = [checkpoint.held_format(name) for name in source_names(path, shape, is_tied)]
-            form = _common(forms)
-            if isinstance(form, GroupedFormat) and path[-1] == "o_proj":
+    found = {}
+    for path, declared in declared_parameters(checkpoint.model).items():
+        if len(declared.shape) > 1:
+            form = _common(map(checkpoint.held_format, source_names(path, declared)))
+            if isinstance(form, GroupedFormat) and len(declared.inputs) > 1:
                 # Devices share whole heads.
-                form = replace(form, group=math.gcd(form.group, shape[2]))
+                last = declared.shape[declared.inputs[-1]]
+                form = replace(form, group=math.gcd(form.group, last))
             if form is not None:
                 found[path] = form
     return tuple(found.items())
 
 
 def held_integers(
-    checkpoint: HoldsIntegers, path: ParameterPath, shape: tuple[int, ...], weight: QuantizedWeight
+    checkpoint: HoldsIntegers, path: ParameterPath, declared: Declaration, weight: QuantizedWeight
 ) -> Integers:
-    """The parameter at ``path``, of logical ``shape``, as ``weight`` keeps it, in its axes."""
-    is_tied, form = checkpoint.model.tie_word_embeddings, weight.form
+    """The parameter at ``path``, as ``weight`` keeps it, in its axes."""
+    shape, form = declared.shape, weight.form
     tensors: dict[str, Integers] = {}
-    for name in source_names(path, shape, is_tied):
+    for name in source_names(path, declared):
         parts, held = checkpoint.integers(name), checkpoint.held_format(name)
         if isinstance(form, GroupedFormat):
             assert isinstance(held, GroupedFormat)
@@ -82,7 +83,7 @@ def held_integers(
 
     def assembled(array: str, shape: tuple[int, ...]) -> np.ndarray:
         dtype = np.dtype(getattr(next(iter(tensors.values())), array).dtype)
-        return assemble(path, shape, dtype, lambda name: getattr(tensors[name], array), is_tied)
+        return assemble(path, declared, dtype, lambda name: getattr(tensors[name], array), shape)
 
     return Integers(
         assembled("values", shape),

@@ -22,7 +22,7 @@ from checkpoints.maker import Maker, Weights
 from checkpoints.parameters import ParameterPath
 from checkpoints.shard_name import without_later_shards
 from jaxinfer.config import AnyTokenizer, ModelConfig
-from jaxinfer.models import parameter_shapes
+from jaxinfer.models import declared_parameters, parameter_shapes
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_shape, place
 from jaxinfer.weights import QuantizedWeight
@@ -99,7 +99,7 @@ def load_parameters(
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
     ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``, the
-    parameters of the model's own module; checkpoints/parameters.py says what each is made of.
+    parameters of the model's own module, whose declarations say what each is made of.
     A matrix in ``quantized`` is a dict there, of the arrays that its declaration makes: rounded
     here, or with ``keeps`` the integers that the checkpoint has (see held.py). A converted folder
     that has them gives no others.
@@ -172,12 +172,12 @@ def _check_paths(
     quantized: Mapping[ParameterPath, QuantizedWeight],
 ) -> None:
     physical = physical_model(model, num_devices)
-    expected = parameter_shapes(model)
+    expected = declared_parameters(model)
     for path in wanted:
         if path not in expected:
             raise ValueError(f"the checkpoint has nothing for parameter {path}")
-    for path, logical in expected.items():
-        shape = physical_shape(str(path[-1]), logical, physical)
+    for path, declared in expected.items():
+        shape = physical_shape(declared.axes, declared.shape, physical)
         if path not in wanted:
             raise ValueError(f"the model lacks parameter {path}, which the checkpoint has")
         if path in quantized:

@@ -1,6 +1,6 @@
 """What a checkpoint's tensors become: parameters, or the arrays of quantized matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import numpy as np
 from checkpoints.held import HoldsIntegers, held_integers
 from checkpoints.parameters import ParameterPath, assemble
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import parameter_shapes
+from jaxinfer.models import declared_parameters
 from jaxinfer.sharding import physical_model, physical_parameter
 from jaxinfer.weights import GroupedFormat, Integers, QuantizedWeight
 
@@ -41,16 +41,16 @@ class Maker:
         Raises ``ValueError`` for numbers that are not finite, before or after they are rounded.
         """
         model, weight = self.checkpoint.model, self.quantized.get(path)
-        shape = parameter_shapes(model)[path]
+        declared = declared_parameters(model)[path]
         if weight is not None and self.keeps:
             assert isinstance(self.checkpoint, HoldsIntegers)
-            parts = held_integers(self.checkpoint, path, shape, weight)
-            parts = physical_integers(path, parts, weight, *self._models)
+            parts = held_integers(self.checkpoint, path, declared, weight)
+            parts = physical_integers(declared.axes, parts, weight, *self._models)
             return self._finite(weight.keep(parts), path)
         exact = np.dtype(np.float32) if weight else dtype
-        array = assemble(path, shape, exact, self.checkpoint.tensor, model.tie_word_embeddings)
+        array = assemble(path, declared, exact, self.checkpoint.tensor)
         self._check(array, path)
-        array = physical_parameter(str(path[-1]), array, *self._models)
+        array = physical_parameter(declared.axes, array, *self._models)
         return array if weight is None else self._finite(weight.quantize(array), path)
 
     @property
@@ -74,18 +74,18 @@ class Maker:
 
 
 def physical_integers(
-    path: ParameterPath,
+    axes: Sequence[str | None],
     parts: Integers,
     weight: QuantizedWeight,
     model: ModelConfig,
     physical: ModelConfig,
 ) -> Integers:
-    """``parts``, in the axes of the matrix at ``path``, in the shapes of ``physical``."""
+    """Returns ``parts``, in the logical ``axes`` of a matrix, in the shapes of ``physical``."""
     if model == physical:
         return parts
 
     def whole(array: np.ndarray) -> np.ndarray:
-        return physical_parameter(str(path[-1]), array, model, physical)
+        return physical_parameter(axes, array, model, physical)
 
     values = whole(parts.values)
     if isinstance(weight.form, GroupedFormat):

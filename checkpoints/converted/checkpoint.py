@@ -36,7 +36,7 @@ from jaxinfer.config import (
     TokenizerJson,
     TokenizerSpec,
 )
-from jaxinfer.models import parameter_shapes, quantized_weights
+from jaxinfer.models import declared_parameters, quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, place
 from jaxinfer.weights import QuantizedWeight
@@ -86,7 +86,7 @@ class OrbaxCheckpoint:
             self.quantization = PLAIN
             if "quantization" in fields:
                 self.quantization = quantization_from_json(fields["quantization"])
-            self._shapes = parameter_shapes(self.model)
+            self._declared = declared_parameters(self.model)
         self.provenance: dict[str, Any] = fields.get("provenance", {})
         self._check_parameters()
 
@@ -149,10 +149,11 @@ class OrbaxCheckpoint:
         """What was read of a parameter as it is wanted: that already, if it is on a device."""
         if isinstance(jax.tree.leaves(read)[0], jax.Array):
             return read
+        axes = self._declared[path].axes
         if weight is not None and path in self._quantized:
             parts = self._quantized[path].integers(read)
-            return weight.keep(physical_integers(path, parts, weight, self.model, physical))
-        array = physical_parameter(str(path[-1]), read, self.model, physical)
+            return weight.keep(physical_integers(axes, parts, weight, self.model, physical))
+        array = physical_parameter(axes, read, self.model, physical)
         return array if weight is None else weight.quantize(array)
 
     def _read(
@@ -201,7 +202,7 @@ class OrbaxCheckpoint:
         Dtypes too where they are integers.
         """
         if path not in self._quantized:
-            return jax.ShapeDtypeStruct(self._shapes[path], np.float32)
+            return jax.ShapeDtypeStruct(self._declared[path].shape, np.float32)
         weight = self._quantized[path]
         return dict(jax.eval_shape(weight.quantize, jax.ShapeDtypeStruct(weight.shape, np.float32)))
 
@@ -228,7 +229,7 @@ class OrbaxCheckpoint:
         with _named(self.folder / DESCRIPTION):
             self._quantized = quantized_weights(self.model, self.quantization.policy)
         expected: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
-        for path in self._shapes:
+        for path in self._declared:
             for name, array in _leaves(self._stored(path), path):
                 expected[tuple(map(str, name))] = array
         for name in expected.keys() ^ found.keys():

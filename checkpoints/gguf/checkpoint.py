@@ -21,7 +21,7 @@ from checkpoints.gguf.tokenizer import read_tokenizer
 from checkpoints.parameters import tensor_shapes
 from checkpoints.tensor_names import GGUF_LAYER, GGUF_MODEL, tensor_places
 from jaxinfer.config import SentencePieceSpec, TokenizerSpec
-from jaxinfer.models import family, parameter_shapes
+from jaxinfer.models import declared_parameters, family
 from jaxinfer.request import SamplingParams
 from jaxinfer.weights import Format, Integers
 
@@ -42,8 +42,7 @@ class GGUFCheckpoint:
         with _named(path):
             self.model = read_model(self._file)
             self._family = family(self.model.architecture)
-            is_tied = self.model.tie_word_embeddings
-            self._shapes = tensor_shapes(parameter_shapes(self.model), is_tied)
+            self._shapes = tensor_shapes(declared_parameters(self.model))
             names = GGUF_MODEL, GGUF_LAYER, self._family.gguf
             self._places = tensor_places(self._shapes, *names, "blk.{layer}.")
             self._check_tensors()

@@ -21,7 +21,7 @@ from checkpoints.json_file import read_json
 from checkpoints.parameters import tensor_shapes
 from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, Place, tensor_places
 from jaxinfer.config import TokenizerJson
-from jaxinfer.models import family, parameter_shapes, read_config
+from jaxinfer.models import declared_parameters, family, read_config
 from jaxinfer.request import SamplingParams
 from jaxinfer.weights import Integers
 
@@ -52,8 +52,7 @@ class HuggingFaceCheckpoint:
         self._packed = PackedFiles(self._files, packing)
         self._check_counts()
         self._family = family(self.model.architecture)
-        is_tied = self.model.tie_word_embeddings
-        self._shapes = tensor_shapes(parameter_shapes(self.model), is_tied)
+        self._shapes = tensor_shapes(declared_parameters(self.model))
         self._places = self._find_places()
         self._check_tensors()
 

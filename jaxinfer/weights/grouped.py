@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxinfer.sharding import RULES
 from jaxinfer.weights.formats import GROUPS, GroupedFormat
 from jaxinfer.weights.integers import Integers
 from jaxinfer.weights.rounding import nearest, steps_of_groups
@@ -30,10 +31,10 @@ class GroupedWeight(nnx.Module):
     """``values``, ``scales`` and perhaps ``minimums`` in place of a matrix: see ``grouped_matmul``.
 
     The axes are the matrix's, those summed over (``inputs``, next to each other) as one, which is
-    called what the first of them is. So are those behind them where all but the first have no name:
-    what is tiled in a device's memory are the last two. Groups are the largest of ``GROUPS`` that
-    divide the last of ``inputs`` (so that devices can share whole heads), but no larger than
-    ``form`` says; ``ValueError`` where none does.
+    called what the first of them is. So are those behind them where devices divide none but the
+    first: what is tiled in a device's memory are the last two. Groups are the largest of
+    ``GROUPS`` that divide the last of ``inputs`` (so that devices can share whole heads), but no
+    larger than ``form`` says; ``ValueError`` where none does.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class GroupedWeight(nnx.Module):
             raise ValueError(f"{last} inputs are no multiple of {GROUPS[0]}")
         self.form = replace(form, group=max(fitting))
         self.axis, last = inputs[0], inputs[-1]
-        self.merged = tuple(matrix.shape[last + 2 :]) if not any(axes[last + 2 :]) else ()
+        are_divided = any(axis in RULES for axis in axes[last + 2 :])
+        self.merged = () if are_divided else tuple(matrix.shape[last + 2 :])
         behind = axes[last + 1 : last + 2] if self.merged else axes[last + 1 :]
         named = (*axes[: self.axis + 1], *behind)
         arrays = self.quantize(matrix)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
-import gguf
 from jaxinfer.models import GGUF_ARCHITECTURES
 from tests.data.random_family import draw
 from tests.jaxinfer.models.random_checkpoint import CASES

@@ -1,7 +1,7 @@
+import gguf
 import numpy as np
 import pytest
 
-import gguf
 from checkpoints.gguf.blocks import (
     TENSOR_TYPES,
     UNSUPPORTED_TENSOR_TYPES,

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
-import gguf
 from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from jaxinfer.config import ModelConfig
 from tests.checkpoints.gguf.family_gguf import ARCHITECTURES, kind_of, write_gguf

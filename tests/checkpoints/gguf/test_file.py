@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import gguf
 from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from checkpoints.gguf.file import GGUFFile
 from tests.checkpoints.gguf import tiny_gguf

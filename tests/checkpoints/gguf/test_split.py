@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
-import gguf
 from checkpoints.converted.convert import provenance
 from checkpoints.fetch.hub_id import HubModel
 from checkpoints.gguf.checkpoint import GGUFCheckpoint

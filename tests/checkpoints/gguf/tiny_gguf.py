@@ -4,9 +4,9 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+import gguf
 import numpy as np
 
-import gguf
 from tests.data.random_llama import draw_weights
 
 UINT8, INT32, UINT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 5, 4, 6, 7, 8, 9, 10

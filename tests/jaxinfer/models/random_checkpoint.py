@@ -14,7 +14,7 @@ from checkpoints.tensor_names import (
     tensor_places,
 )
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import family, parameter_shapes, read_config
+from jaxinfer.models import declared_parameters, family, read_config
 from tests.data.random_family import draw
 
 REFERENCE = Path(__file__).parents[2] / "data" / "family_reference.json"
@@ -32,7 +32,7 @@ class RandomCheckpoint:
         self.case = case
         self._stored = stored
         self.model: ModelConfig = read_config(CASES[case]["config"])
-        shapes = tensor_shapes(parameter_shapes(self.model), self.model.tie_word_embeddings)
+        shapes = tensor_shapes(declared_parameters(self.model))
         own = family(self.model.architecture).hugging_face
         names = HUGGING_FACE_MODEL, HUGGING_FACE_LAYER, own
         self.places: dict[str, Place] = tensor_places(shapes, *names, "model.layers.{layer}.")

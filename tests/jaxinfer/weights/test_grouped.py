@@ -106,11 +106,11 @@ def test_arrays_say_their_axes() -> None:
         (one,) = found
         return one, weight.values[...].shape
 
-    assert axes((64, 2, 3, 8), (0,), ("embed", "kv_heads", None, None)) == (
+    assert axes((64, 2, 3, 8), (0,), ("embed", "kv_heads", "heads_and_kv", "head_dim")) == (
         ("embed", "kv_heads"),
         (32, 48),
     )
-    assert axes((2, 3, 32, 20), (0, 1, 2), ("kv_heads", None, None, "embed")) == (
+    assert axes((2, 3, 32, 20), (0, 1, 2), ("kv_heads", "heads", "head_dim", "embed")) == (
         ("kv_heads", "embed"),
         (96, 20),
     )
