@@ -173,7 +173,7 @@ def physical_parameter(
     if "kv_heads" in axes:
         array = _repeat_heads(array, axes, model, physical)
     for axis, name in enumerate(axes):
-        if name in _PADDED:
+        if name is not None and name in _PADDED:
             size, wanted = (getattr(of, _PADDED[name]) for of in (model, physical))
             # Scales of groups of inputs are as many fewer there as here.
             array = _pad(array, axis, array.shape[axis] * wanted // size)
@@ -198,7 +198,7 @@ def _repeat_heads(
     axis = list(axes).index("kv_heads")
     copies = physical.num_key_value_heads // model.num_key_value_heads
     beside = axes[axis + 1] if axis + 1 < len(axes) else None
-    if beside not in _HEADS:
+    if beside is None or beside not in _HEADS:
         return np.repeat(array, copies, axis)
     num_queries = array.shape[axis + 1] - _HEADS[beside]
     queries, rest = np.split(array, [num_queries], axis=axis + 1)

@@ -79,8 +79,8 @@ class GroupedWeight(nnx.Module):
         parts = arrays["values"], arrays["scales"], arrays.get("minimums")
         return dequantized(*parts, axis=self.axis).reshape(self.shape)
 
-    def keep(self, parts: Integers) -> Mapping[str, np.ndarray]:
-        """The arrays of a matrix that has been integers already, of the same numbers.
+    def from_stored(self, parts: Integers) -> Mapping[str, np.ndarray]:
+        """Returns the arrays of a matrix that a file stores as integers, of the same numbers.
 
         ``parts`` have the matrix's axes, those of scales and minimums with the last of the inputs
         a ``group``-th as long.
@@ -95,7 +95,7 @@ class GroupedWeight(nnx.Module):
         )
 
     def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
-        """What ``keep`` made ``arrays`` of."""
+        """Returns what ``from_stored`` made ``arrays`` of."""
         form, last = self.form, self.inputs[-1]
         values = arrays["values"]
         if form.bits == 4:

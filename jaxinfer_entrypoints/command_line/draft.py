@@ -5,8 +5,8 @@ import re
 from itertools import zip_longest
 from typing import Any, Literal
 
-from checkpoints.held import QUANTIZATIONS
 from checkpoints.load import Checkpoint
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import EngineConfig
 
 DraftKind = Literal["ngram", "layers", "model"]

@@ -4,11 +4,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from checkpoints.converted.checkpoint import OrbaxCheckpoint
-from checkpoints.gguf.checkpoint import GGUFCheckpoint
-from checkpoints.held import QUANTIZATIONS, kept_formats
-from checkpoints.load import Checkpoint
-from jaxinfer.config import KEPT, KV_DTYPES, DtypePolicy
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.stored import QUANTIZATIONS, require_stored_formats
+from jaxinfer.config import KV_DTYPES, STORED, DtypePolicy
 from jaxinfer.weights import check_device
 
 
@@ -43,9 +41,9 @@ def pick_dtypes(
     kv_dtype = None if options.kv_dtype == "auto" else options.kv_dtype
     dtypes = DtypePolicy.for_platform(device.platform, options.dtype, kv_dtype)
     asked = options.quantize
-    if isinstance(checkpoint, OrbaxCheckpoint) and checkpoint.quantization.name is not None:
+    if checkpoint is not None and checkpoint.quantization.name is not None:
         made = checkpoint.quantization
-        if asked not in (None, KEPT, made.name):
+        if asked not in (None, STORED, made.name):
             raise ValueError(
                 f"{options.model} was converted to {made.name}: leave --quantize out, or convert "
                 f"what it was made of again"
@@ -55,14 +53,12 @@ def pick_dtypes(
         name = None if asked == "none" else asked
         if name is not None:
             check_device(name, device)
-        formats = kept_formats(options.model, checkpoint) if name == KEPT else ()
+        formats = require_stored_formats(options.model, checkpoint) if name == STORED else ()
     return dataclasses.replace(dtypes, quantization=name, matrix_formats=formats)
 
 
 def describe_rounding(checkpoint: Checkpoint) -> str:
-    """What was rounded of integers that could not be kept with their scales; "" for nothing."""
-    if not isinstance(checkpoint, GGUFCheckpoint):
-        return ""
+    """Says by how much the scales of stored integers were rounded; "" where none was."""
     rounded = {name: error for name, error in checkpoint.rounding.items() if error}
     if not rounded:
         return ""

@@ -17,14 +17,15 @@ from jaxinfer import models, sharding
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.sharding import make_mesh
+from tests.checkpoints.floats import FloatTensors
 from tests.checkpoints.gguf import tiny_gguf
 from tests.conftest import ManyDevices
 from tests.data.random_llama import CONFIGS, draw_weights
 
 
 @dataclass(frozen=True)
-class RandomWeights:
-    """The least that load_parameters needs."""
+class RandomWeights(FloatTensors):
+    """Weights drawn by name."""
 
     model: ModelConfig
     weights: dict[str, np.ndarray]

@@ -28,6 +28,7 @@ from jaxinfer.sharding import (
     num_tensor_devices,
     physical_model,
 )
+from tests.checkpoints.floats import FloatTensors
 from tests.conftest import ManyDevices
 from tests.jaxinfer.tiny import tiny_model
 
@@ -67,7 +68,7 @@ class Gated(nnx.Module):
         self.two_heads = weights.declare(rngs, dtypes, heads)
 
 
-class Drawn:
+class Drawn(FloatTensors):
     """A checkpoint of such a model."""
 
     model = MODEL
@@ -75,13 +76,13 @@ class Drawn:
     def __init__(self) -> None:
         shapes = tensor_shapes(models.declared_parameters(MODEL))
         random = np.random.default_rng(0)
-        self.tensors = {
+        self.drawn = {
             name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()
         }
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its canonical name."""
-        return self.tensors[name]
+        return self.drawn[name]
 
 
 def loaded_over(num_devices: int, quantization: str | None = None) -> dict[str, Any]:
@@ -97,9 +98,9 @@ def loaded_over(num_devices: int, quantization: str | None = None) -> dict[str, 
     found = {**loaded["layers"][1], "two_heads": loaded["two_heads"]}
     if quantization is not None:
         dequantized = made["layers", 1, "head_gate"].dequantize(found["head_gate"])
-        return {"head_gate": np.asarray(dequantized), "tensors": source.tensors}
+        return {"head_gate": np.asarray(dequantized), "tensors": source.drawn}
     specs = {name: array.sharding.spec for name, array in found.items()}
-    return {**jax.tree.map(np.asarray, found), "specs": specs, "tensors": source.tensors}
+    return {**jax.tree.map(np.asarray, found), "specs": specs, "tensors": source.drawn}
 
 
 def test_it_is_made_of_the_tensors_that_it_names() -> None:

@@ -1,59 +1,47 @@
-"""Matrices that a checkpoint holds as integers, kept as they are: which, and in what format.
+"""Stored integers: matrices that a file has as integers, used as they are, and their formats.
 
-A parameter may be made of several tensors, each of a type of its own. Their integers are kept in
+A parameter may be made of several tensors, each of a type of its own. Their integers are stored in
 the smallest format that has room for all of them: more bits, smaller groups, minimums of zero.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from checkpoints.checkpoint import Checkpoint, Tensors
 from checkpoints.parameters import ParameterPath, assemble, source_names
-from jaxinfer.config import KEPT, MatrixFormats, ModelConfig
+from jaxinfer.config import STORED, MatrixFormats
 from jaxinfer.declaration import Declaration
 from jaxinfer.models import declared_parameters
 from jaxinfer.weights import FORMATS, Format, GroupedFormat, Int8Format, Integers, QuantizedWeight
 
 # What --quantize takes.
-QUANTIZATIONS = ("none", KEPT, *FORMATS)
+QUANTIZATIONS = ("none", STORED, *FORMATS)
 
 
-@runtime_checkable
-class HoldsIntegers(Protocol):
-    """A checkpoint some of whose tensors may be integers; canonical names, see tensor_names."""
+def require_stored_formats(name: str, checkpoint: Checkpoint | None) -> MatrixFormats:
+    """Returns the formats that STORED stands for in ``checkpoint``, which is called ``name``.
 
-    @property
-    def model(self) -> ModelConfig: ...
-
-    def held_format(self, name: str) -> Format | None:
-        """What a tensor can be kept in, None where it is of floats."""
-        ...
-
-    def integers(self, name: str) -> Integers:
-        """A tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
-        ...
-
-
-def kept_formats(name: str, checkpoint: object) -> MatrixFormats:
-    """The formats of KEPT for ``checkpoint``, called ``name``; ``ValueError`` where it has none."""
-    found = held_formats(checkpoint) if isinstance(checkpoint, HoldsIntegers) else ()
+    Raises ``ValueError`` where it has none: no checkpoint, no tensors, or all of floats.
+    """
+    tensors = None if checkpoint is None else checkpoint.tensors
+    found = () if tensors is None else stored_formats(tensors)
     if not found:
         raise ValueError(
-            f"{name} holds no matrices of integers: --quantize {KEPT} is for GGUF files and "
+            f"{name} holds no matrices of integers: --quantize {STORED} is for GGUF files and "
             f"folders that do; there are {', '.join(FORMATS)}"
         )
     return found
 
 
-def held_formats(checkpoint: HoldsIntegers) -> MatrixFormats:
-    """The format of every parameter that is made of integers alone, by its path."""
+def stored_formats(tensors: Tensors) -> MatrixFormats:
+    """Returns the format of every parameter that is made of integers alone, by its path."""
     found = {}
-    for path, declared in declared_parameters(checkpoint.model).items():
+    for path, declared in declared_parameters(tensors.model).items():
         if len(declared.shape) > 1:
-            form = _common(map(checkpoint.held_format, source_names(path, declared)))
+            form = _common(map(tensors.stored_format, source_names(path, declared)))
             if isinstance(form, GroupedFormat) and len(declared.inputs) > 1:
                 # Devices share whole heads.
                 last = declared.shape[declared.inputs[-1]]
@@ -63,18 +51,18 @@ def held_formats(checkpoint: HoldsIntegers) -> MatrixFormats:
     return tuple(found.items())
 
 
-def held_integers(
-    checkpoint: HoldsIntegers, path: ParameterPath, declared: Declaration, weight: QuantizedWeight
+def stored_integers(
+    tensors: Tensors, path: ParameterPath, declared: Declaration, weight: QuantizedWeight
 ) -> Integers:
-    """The parameter at ``path``, as ``weight`` keeps it, in its axes."""
+    """Returns the parameter at ``path`` in the format of ``weight``, and in its axes."""
     shape, form = declared.shape, weight.form
-    tensors: dict[str, Integers] = {}
+    read: dict[str, Integers] = {}
     for name in source_names(path, declared):
-        parts, held = checkpoint.integers(name), checkpoint.held_format(name)
+        parts, own = tensors.integers(name), tensors.stored_format(name)
         if isinstance(form, GroupedFormat):
-            assert isinstance(held, GroupedFormat)
-            parts = _converted(parts, held, form)
-        tensors[name] = parts
+            assert isinstance(own, GroupedFormat)
+            parts = _converted(parts, own, form)
+        read[name] = parts
     groups = list(shape)
     if isinstance(form, GroupedFormat):
         groups[weight.inputs[-1]] //= form.group
@@ -82,8 +70,8 @@ def held_integers(
         groups = [1 if axis in weight.inputs else size for axis, size in enumerate(shape)]
 
     def assembled(array: str, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = np.dtype(getattr(next(iter(tensors.values())), array).dtype)
-        return assemble(path, declared, dtype, lambda name: getattr(tensors[name], array), shape)
+        dtype = np.dtype(getattr(next(iter(read.values())), array).dtype)
+        return assemble(path, declared, dtype, lambda name: getattr(read[name], array), shape)
 
     return Integers(
         assembled("values", shape),
@@ -113,7 +101,7 @@ def _size(dtype: str | None) -> int:
     return np.dtype(dtype).itemsize
 
 
-def _converted(parts: Integers, held: GroupedFormat, form: GroupedFormat) -> Integers:
+def _converted(parts: Integers, own: GroupedFormat, form: GroupedFormat) -> Integers:
     """The same numbers in a format that has room for them."""
     values, scales, minimums = parts.values, parts.scales, parts.minimums
     if form.minimums is not None and minimums is None:
@@ -121,7 +109,7 @@ def _converted(parts: Integers, held: GroupedFormat, form: GroupedFormat) -> Int
         has_shift = form.bits == 4
         values = values + np.int8(8) if has_shift else values
         minimums = scales * scales.dtype.type(-8 if has_shift else 0)
-    times = held.group // form.group
+    times = own.group // form.group
     return Integers(
         values,
         np.repeat(scales, times, axis=-1).astype(form.scales),
