@@ -46,7 +46,7 @@ TORCH ?= torch==2.13.0
 LLAMA_CPP ?=
 LLAMA_CPP_SOURCE := llama-cpp-python==0.3.36
 
-.PHONY: help setup serve test aot test-aot test-aot-full bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
+.PHONY: help setup serve test test-thorough test-all aot test-aot test-aot-full bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
     lint proto lock clean
 
 help: ## list the targets
@@ -58,8 +58,17 @@ setup: $(DEVELOPMENT) ## make .venv with all packages, those for development inc
 serve: $(RUNTIME) ## start the server; ARGS are its flags
 	@exec $(PYTHON) scripts/serve.py $(ARGS)
 
-test: $(DEVELOPMENT) ## run the tests; ARGS are pytest's
-	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(DEVELOPMENT) ## run the tests in minutes, without the thorough ones; ARGS are pytest's
+	@$(PYTEST) -m 'not thorough' $(ARGS)
+
+test-thorough: $(DEVELOPMENT) ## run all tests but those of test-aot
+	@$(PYTEST) $(ARGS)
+
+test-all: ## run everything: whole programs, README, notebook, wheel, compilers for TPU and GPU
+	@$(MAKE) --no-print-directory test-thorough
+	@$(MAKE) --no-print-directory test-aot
 
 bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are bench_peers.py's
 	@$(PYTHON) scripts/bench_peers.py --peers '$(PEERS)' --only jaxinfer jaxinfer-fast \
@@ -78,11 +87,12 @@ test-aot: $(AOT)/.ready ## compile for TPUs that are not there; ARGS are pytest'
 test-aot-full: $(AOT)/.ready ## the same for models of full depth, minutes each
 	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/aot -m full $(ARGS)
 
-lint: $(DEVELOPMENT) ## ruff, pyright, import contracts, stubs up to date
+lint: $(DEVELOPMENT) ## ruff, pyright, import contracts, docstrings, stubs up to date
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/pyright
 	@$(VENV)/bin/lint-imports
+	@$(PYTHON) tools/check_docstrings.py
 	@$(PYTHON) tools/build_proto.py --check
 
 proto: $(DEVELOPMENT) ## regenerate the committed protobuf stubs

@@ -54,7 +54,7 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def _is_deeper(value: object, limit: int) -> bool:
-    """Whether lists and objects are within each other more than ``limit`` times."""
+    """Tells if lists and objects are within each other more than ``limit`` times."""
     level = [value]
     for _ in range(limit):
         level = [

@@ -1,4 +1,4 @@
-"""How the files of a split GGUF are called by llama.cpp's gguf-split: NAME-00001-of-00003.gguf.
+"""Names of a split GGUF's files, as by llama.cpp's gguf-split: NAME-00001-of-00003.gguf.
 
 Only names: nothing is opened here.
 """
@@ -52,7 +52,7 @@ def without_later_shards(names: Iterable[str]) -> list[str]:
 
 
 def file_stem(path: Path) -> str:
-    """What a model file is called, without ending and number of shard."""
+    """Returns what a model file is called, without ending and number of shard."""
     shard = parse_shard_name(path.name)
     return shard.stem if shard else path.stem
 

@@ -69,7 +69,7 @@ GGUF_LAYER: TensorNames = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a canonical tensor lies in a file.
+    """A canonical tensor's place in a file.
 
     ``names``: the file's tensors, one, or one for each expert. ``rows``: those that are meant, of
     ``shape[-2]`` (of ``shape[0]`` for a vector). ``shape``: of each of the file's tensors.

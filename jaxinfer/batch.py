@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.request import LIMITS
-from jaxinfer.sampling_columns import SamplingColumns
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS
+from jaxinfer.sampling_columns import OptionColumns, SamplingColumns
 from jaxinfer.schedule import Schedule, ScheduledSequence
 
 MAX_ENDING_TOKENS = int(LIMITS["num_ending_token_ids"].high)
@@ -21,9 +21,9 @@ MAX_ENDING_TOKENS = int(LIMITS["num_ending_token_ids"].high)
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a step program is compiled for: rows are padded up to these.
+    """Sizes that a step program is compiled for: rows are padded up to these.
 
-    With ``num_drafts`` K a decode has K + 1 rows, its own and those of guesses to be verified.
+    With ``num_drafts`` K a decode has K + 1 rows, its own and those of drafts to be verified.
     """
 
     num_decodes: int
@@ -43,21 +43,14 @@ class BatchShape:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SlotColumns:
-    """What a slot's request asks for, [S] each; see ``request.SamplingParams`` for meanings.
+class SlotColumns(OptionColumns):
+    """Wishes of each slot's request, [S] each; see ``request.SamplingParams`` for the options.
 
     ``end_positions``: the position at which ``max_tokens`` is exceeded. ``num_logprobs`` is -1 for
     none. ``ending_ids`` [S, K] is padded with -1. ``cached_lens``: tokens found in the prefix
     cache, of which the first ``draft_cached_lens`` have keys and values of the draft model, too.
     """
 
-    temperature: jax.Array  # float32
-    top_p: jax.Array  # float32
-    min_p: jax.Array  # float32
-    repetition_penalty: jax.Array  # float32
-    presence_penalty: jax.Array  # float32
-    frequency_penalty: jax.Array  # float32
-    top_k: jax.Array
     seeds: jax.Array  # [S, 2] uint32, low and high word
     choices: jax.Array
     prompt_lens: jax.Array
@@ -70,11 +63,11 @@ class SlotColumns:
     draft_cached_lens: jax.Array
 
     def of(self, slots: jax.Array) -> "SlotColumns":
-        """Those of ``slots`` [R], zeros for a slot of S."""
+        """Returns the columns of ``slots`` [R], zeros for a slot of S."""
         return jax.tree.map(lambda column: column.at[slots].get(mode="fill", fill_value=0), self)
 
     def sampling(self) -> SamplingColumns:
-        """What sampling wants to know of them."""
+        """Returns those that the sampler reads."""
         names = SamplingColumns.__dataclass_fields__
         return SamplingColumns(**{name: getattr(self, name) for name in names})
 
@@ -233,13 +226,7 @@ class Packer:
         prompt_len = len(request.prompt_token_ids)
         ending = request.ending_token_ids
         values = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "top_k": sampling.top_k,
+            **{option.name: getattr(sampling, option.name) for option in SAMPLING_OPTIONS},
             "seeds": (sampling.seed & 0xFFFFFFFF, sampling.seed >> 32),
             "choices": sequence.choice,
             "prompt_lens": prompt_len,
@@ -259,11 +246,9 @@ type _Fields = dict[str, tuple[tuple[int, ...], type]]
 
 
 def _slot_fields(config: EngineConfig) -> _Fields:
-    """What is kept by slot: name -> (dimensions, dtype of 4 bytes), in the buffer's order."""
+    """Fields that are kept by slot: name -> (dimensions, dtype of 4 bytes), in buffer order."""
     slots = config.max_num_seqs
-    floats = {"temperature", "top_p", "min_p"} | {
-        f"{kind}_penalty" for kind in ("repetition", "presence", "frequency")
-    }
+    floats = {option.name for option in SAMPLING_OPTIONS if option.kind is float}
     fields: _Fields = {"page_table": ((slots, config.max_pages_per_sequence), np.int32)}
     for name in SlotColumns.__dataclass_fields__:
         fields[name] = ((slots,), np.float32 if name in floats else np.int32)
@@ -273,7 +258,7 @@ def _slot_fields(config: EngineConfig) -> _Fields:
 
 
 def _row_fields(shape: BatchShape, config: EngineConfig) -> _Fields:
-    """What differs from step to step, behind the slots' part."""
+    """Fields that differ from step to step, behind the slots' part."""
     decodes, tiles = shape.num_decodes, shape.num_tiles
     by_tile = ("slots", "starts", "lens", "samples", "scores", "next")
     return {

@@ -1,4 +1,4 @@
-"""What a model, its tokenizer and an engine are, as frozen values. Host only: never imports JAX.
+"""Descriptions of a model, its tokenizer and an engine, as frozen values. Never imports JAX.
 
 Field names are those of a Hugging Face ``config.json`` where one exists.
 """
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
+    """A rule by which rotary frequencies are stretched beyond the trained context.
 
     ``linear`` divides every frequency by ``factor``. ``llama3`` is the smooth rule of Llama 3.1
     (Grattafiori et al. 2024), ``yarn`` that of Peng et al. 2023. ``factors`` divides frequency i by
@@ -137,7 +137,7 @@ class ModelConfig:
         return replace(self, max_position_embeddings=context)
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a layer sees, its own included; None for all."""
+        """Returns the number of tokens that a layer sees, its own included; None for all."""
         if self.layer_types and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
@@ -232,7 +232,7 @@ class DtypePolicy:
 
     @property
     def matrices(self) -> str:
-        """What the matrices are in, for people."""
+        """Returns the format of the matrices, for people."""
         return self.quantization or self.weights
 
     @staticmethod
@@ -343,7 +343,7 @@ class EngineConfig:
 
     @property
     def tile_counts(self) -> tuple[int, ...]:
-        """How many chunk tiles a compiled step may have, smallest first; 0 besides."""
+        """Returns the numbers of chunk tiles that compiled steps have besides 0, smallest first."""
         most = self.max_num_batched_tokens // self.chunk_tile
         return tuple(sorted({1, max(1, most // 4), most}))
 

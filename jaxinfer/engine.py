@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
-from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import (
@@ -61,29 +61,23 @@ class Engine:
 
     ``abstract_parameters`` says which arrays are wanted; give them to ``start``, which allocates
     the KV cache and must come before the first step. ``compile`` may run before or meanwhile.
-    With ``draft``, which ``config.draft`` must ask for, ``abstract_draft_parameters`` are its own.
+    ``abstract_draft_parameters`` are those of the draft model, None without one.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        config: EngineConfig,
-        dtypes: DtypePolicy,
-        mesh: Mesh,
-        draft: DraftModel | None = None,
-    ) -> None:
-        _check_draft(model, config, draft)
-        self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
-        self.draft = draft
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        model, config, dtypes, mesh = spec.model, spec.config, spec.dtypes, spec.mesh
         self._platform = mesh.devices.flat[0].platform
         if config.batch_invariant and self._platform == "cpu" and dtypes.weights == "float32":
             _warn_of_many_threads()
         graph, self.abstract_parameters = self._abstract(model, dtypes)
         draft_graph, self.abstract_draft_parameters = None, None
-        if draft:
-            draft_graph, self.abstract_draft_parameters = self._abstract(draft.model, draft.dtypes)
+        if spec.draft:
+            draft_graph, self.abstract_draft_parameters = self._abstract(
+                spec.draft.model, spec.draft.dtypes
+            )
         self.graphs = TargetAndDraft(graph, draft_graph)
-        self._abstract_state = abstract_state(model, config, dtypes, mesh, draft)
+        self._abstract_state = abstract_state(spec)
         self.shapes = batch_shapes(config)
         self._programs: dict[BatchShape, Any] = {}
         self._set_slot: Any = None
@@ -128,7 +122,7 @@ class Engine:
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        """What the engine keeps on each of its devices, in bytes."""
+        """Returns the bytes that the engine keeps on each of its devices, by kind."""
         state = self._abstract_state
         return {
             "parameters": _device_bytes((self.abstract_parameters, self.abstract_draft_parameters)),
@@ -139,7 +133,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a step would have something to do."""
+        """True while a step would have something to do."""
         return self._scheduler.has_unfinished
 
     @property
@@ -149,7 +143,7 @@ class Engine:
 
     @property
     def host_seconds(self) -> dict[str, float]:
-        """Where the host's time went since start, in seconds, over ``sent`` and ``read`` calls.
+        """Returns the host's seconds since start by phase, and the calls ``sent`` and ``read``.
 
         ``schedule``, ``pack``, ``dispatch``, ``wait`` (for the device), ``convert``, ``update``.
         """
@@ -175,7 +169,7 @@ class Engine:
         shapes = self.shapes if shapes is None else tuple(shapes)
         self._limit_steps(shapes)
         options = step_program.compiler_options(
-            self._platform, self.dtypes, self.config.batch_invariant
+            self._platform, self.spec.dtypes, self.spec.config.batch_invariant
         )
         programs: dict[BatchShape | None, Any] = {}
         # Tracing holds the interpreter's lock, compiling does not: two threads keep two cores busy.
@@ -201,10 +195,10 @@ class Engine:
         if self.has_unfinished:
             raise RuntimeError("programs must be compiled before requests are added")
         limits = dataclasses.replace(
-            self.config,
-            max_num_seqs=min(self.config.max_num_seqs, rows),
+            self.spec.config,
+            max_num_seqs=min(self.spec.config.max_num_seqs, rows),
             max_num_batched_tokens=min(
-                self.config.max_num_batched_tokens, tiles * self.config.chunk_tile
+                self.spec.config.max_num_batched_tokens, tiles * self.spec.config.chunk_tile
             ),
         )
         self._scheduler = Scheduler(limits)
@@ -227,7 +221,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
-        request.check_fits(self.model.vocab_size, self.config.max_model_len)
+        request.check_fits(self.spec.model.vocab_size, self.spec.config.max_model_len)
         self._scheduler.add(request, time.monotonic())
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -243,7 +237,7 @@ class Engine:
             schedule = self._scheduler.schedule(time.monotonic(), self._drafts.choose)
         if schedule:
             self._in_flight.append(self._dispatch(schedule))
-            if len(self._in_flight) <= self.config.steps_ahead:
+            if len(self._in_flight) <= self.spec.config.steps_ahead:
                 return []
         if not self._in_flight:
             return []
@@ -255,7 +249,7 @@ class Engine:
             if chunk.is_first:
                 self._fill_slot(chunk)
         with self._timed("pack"):
-            shape = fitting_shape(tuple(self._programs), schedule, self.config.chunk_tile)
+            shape = fitting_shape(tuple(self._programs), schedule, self.spec.config.chunk_tile)
             packed, rows = self._packer.pack(schedule, shape)
         with self._timed("dispatch"):
             self._state, result = self._programs[shape](self._parameters, self._state, packed)
@@ -274,13 +268,13 @@ class Engine:
             return self._scheduler.update(call.schedule, output)
 
     def _note_drafts(self, call: _Call, output: StepOutput) -> None:
-        """How long the device took for steps of decodes alone."""
+        """Notes how long the device took for steps of decodes alone."""
         now = time.perf_counter()
         # The device began when the call came, or when it had done the one before.
         seconds = now - max(call.sent_seconds, self._read_seconds)
         self._read_seconds = now
         schedule = call.schedule
-        if self.config.draft is None or schedule.chunks or not schedule.decodes:
+        if self.spec.config.draft is None or schedule.chunks or not schedule.decodes:
             return
         if any(sequence.token_ids for sequence in output.sequences):
             has_drafts = call.num_drafts > 0
@@ -301,12 +295,12 @@ class Engine:
         )
         known = chunk.cached_token_ids
         # A draft that looks into the text, and a model that has to catch up.
-        lags = self.config.draft == "model" and chunk.num_draft_cached < len(known)
-        if not (has_penalty or lags or self.config.draft == "ngram"):
+        lags = self.spec.config.draft == "model" and chunk.num_draft_cached < len(known)
+        if not (has_penalty or lags or self.spec.config.draft == "ngram"):
             known = ()
         if not known and not sampling.logit_bias:
             return
-        tokens = np.zeros(self.config.max_model_len, np.int32)
+        tokens = np.zeros(self.spec.config.max_model_len, np.int32)
         tokens[: len(known)] = known
         bias_ids = np.zeros(MAX_BIASES, np.int32)
         bias_values = np.zeros(MAX_BIASES, np.float32)
@@ -327,30 +321,24 @@ class Engine:
 
     def _lower(self, shape: BatchShape | None) -> Any:
         if shape is None:
-            return step_program.lower_set_slot(self.config, self._abstract_state, self.mesh)
+            return step_program.lower_set_slot(
+                self.spec.config, self._abstract_state, self.spec.mesh
+            )
         return step_program.lower(
             self.graphs,
-            self.config,
+            self.spec.config,
             shape,
             TargetAndDraft(self.abstract_parameters, self.abstract_draft_parameters),
             self._abstract_state,
-            self.mesh,
+            self.spec.mesh,
         )
 
     def _abstract(self, model: ModelConfig, dtypes: DtypePolicy) -> tuple[Any, Parameters]:
         """A model's graph and its abstract parameters."""
-        graph, state = models.abstract(model.served(self.config.max_model_len), dtypes, self.mesh)
-        return graph, abstract_parameters(state, self.mesh)
-
-
-def _check_draft(model: ModelConfig, config: EngineConfig, draft: DraftModel | None) -> None:
-    if (config.draft == "model") != (draft is not None):
-        raise ValueError(f"config.draft is {config.draft} and draft is {draft}: one is missing")
-    if config.num_draft_layers >= model.num_hidden_layers:
-        raise ValueError(
-            f"a model of {model.num_hidden_layers} layers can guess with its first "
-            f"{model.num_hidden_layers - 1} at most, got {config.num_draft_layers}"
+        graph, state = models.abstract(
+            model.served(self.spec.config.max_model_len), dtypes, self.spec.mesh
         )
+        return graph, abstract_parameters(state, self.spec.mesh)
 
 
 def _warn_of_many_threads() -> None:

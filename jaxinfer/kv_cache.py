@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer.config import DraftModel, ModelConfig
+from jaxinfer.config import ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import named_sharding, num_tensor_devices, physical_model
 from pallas_kernels import ragged_paged_attention as attention_kernels
 from pallas_kernels.ragged_paged_attention import KVPages
@@ -62,26 +63,25 @@ def abstract_kv_pages(
     return (layer,) * model.num_hidden_layers
 
 
-def plan_num_pages(
-    model: ModelConfig,
-    page_size: int,
-    dtype: str,
-    max_num_seqs: int,
-    max_model_len: int,
-    memory_bytes: int,
-    mesh: Mesh,
-    prefix_cache: bool = False,
-    attention: str | None = None,
-    draft: DraftModel | None = None,
-) -> int:
+def bytes_per_page(spec: EngineSpec) -> int:
+    """Returns the bytes of one page over all layers and devices, a draft model's part too."""
+    config, mesh = spec.config, spec.mesh
+    models = [(spec.model, spec.dtypes)]
+    if spec.draft:
+        models.append((spec.draft.model, spec.draft.dtypes))
+    return sum(
+        page_bytes(model, config.page_size, dtypes.kv_cache, mesh, config.attention)
+        for model, dtypes in models
+    )
+
+
+def plan_num_pages(spec: EngineSpec, memory_bytes: int) -> int:
     """Pages that fit ``memory_bytes``; without a prefix cache no more than all slots could use.
 
-    ``memory_bytes`` is that of all devices together, of which each has its share. A page has what
-    ``draft`` keeps of its tokens, too.
+    ``memory_bytes`` is that of all devices together, of which each has its share. How many pages
+    ``spec`` has is not looked at.
     """
-    size = page_bytes(model, page_size, dtype, mesh, attention)
-    if draft:
-        size += page_bytes(draft.model, page_size, draft.dtypes.kv_cache, mesh, attention)
-    fitting = memory_bytes // size
-    most = max_num_seqs * -(-max_model_len // page_size)
-    return min(fitting, MAX_PAGES) if prefix_cache else min(fitting, most)
+    config = spec.config
+    fitting = memory_bytes // bytes_per_page(spec)
+    most = config.max_num_seqs * config.max_pages_per_sequence
+    return min(fitting, MAX_PAGES if config.prefix_cache else most)

@@ -31,7 +31,7 @@ class LogprobColumns:
 
 
 def token_logprobs(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array) -> LogprobColumns:
-    """What ``logits`` [R, V] float32 say about ``token_ids`` [R] int32.
+    """Returns log-probabilities and ranks that ``logits`` [R, V] float32 give ``token_ids`` [R].
 
     Rows that are not ``is_wanted`` [R] bool mean nothing; if none is, all is zeros and costs
     nothing. Equal logits have the same rank, and in the top the lowest id comes first.

@@ -1,4 +1,4 @@
-"""Who holds which page of the KV cache: reference counts and a free list of page ids.
+"""The pages of the KV cache and who holds them: reference counts and a free list of page ids.
 
 Host only: never imports JAX. It knows no sequence, no token and nothing of what a page stores.
 """
@@ -60,7 +60,7 @@ class PagePool:
         return page_ids
 
     def num_kept_among(self, page_ids: Iterable[int]) -> int:
-        """How many of these pages are kept, which sharing them would take off the free ones."""
+        """Counts those of these pages that are kept, which sharing would take off the free ones."""
         return sum(page_id in self._kept for page_id in page_ids)
 
     def share(self, page_ids: Iterable[int]) -> None:

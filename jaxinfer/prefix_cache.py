@@ -30,7 +30,7 @@ class PrefixCache:
         self._content_of_page: dict[int, tuple[bytes, bytes]] = {}
 
     def __contains__(self, page_id: int) -> bool:
-        """Whether a page can be found."""
+        """Tells whether a page can be found."""
         return page_id in self._content_of_page
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class PrefixCache:
         sequence.num_drafted_pages = max(sequence.num_drafted_pages, num_pages)
 
     def num_drafted(self, page_ids: Iterable[int]) -> int:
-        """How many of the pages, from the first on, have the draft model's keys and values."""
+        """Counts the pages, from the first on, that have the draft model's keys and values."""
         return sum(1 for _ in takewhile(self._drafted.__contains__, page_ids))
 
     def forget(self, page_ids: Iterable[int]) -> None:

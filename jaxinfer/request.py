@@ -1,9 +1,10 @@
-"""What a client may ask for, and the one table of limits it is checked against. Host only."""
+"""Requests, the declaration of sampling options, and the one table of limits. Host only."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cached_property
+from typing import Annotated, Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,104 @@ class Limit:
             raise ValueError(f"{name} must be in {bracket}{self.low}, {self.high}], got {value}")
 
 
+@dataclass(frozen=True)
+class DeclaredOption:
+    """Facts about a sampling option that is one number, declared on its field of SamplingParams.
+
+    ``neutral`` says which value leaves sampling alone, ``example`` is one that does not.
+    ``model_default``: whether a model may come with a default of its own, and whether that counts
+    only where the model asks to be sampled.
+    """
+
+    limit: Limit
+    neutral: str
+    example: float
+    model_default: Literal["never", "sampled", "always"] = "never"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOption(DeclaredOption):
+    """A declared option with its name, type and default: the form in which others read it."""
+
+    name: str
+    kind: type[int] | type[float]
+    default: float
+
+    @property
+    def has_model_default(self) -> bool:
+        """True where a model may come with a default of its own."""
+        return self.model_default != "never"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Choice of the next token. Temperature 0 is greedy: the arg max, seed not used.
+
+    In this order, each over what the one before left (l: logits; c: how often a token stands in the
+    output so far):
+
+    - ``repetition_penalty`` r, tokens of prompt or output: l / r where l > 0, else l * r
+      (Keskar et al. 2019);
+    - ``presence_penalty`` and ``frequency_penalty``: l - presence [c > 0] - frequency c;
+    - ``logit_bias``, pairs of token id and what is added to its l, no id twice;
+    - ``temperature`` divides l; 0 and what float32 takes for it (below 1.2e-38) is greedy;
+    - ``top_k`` keeps the k most probable tokens (0: all), ``top_p`` the most probable ones whose
+      probabilities sum to p, ``min_p`` those at least min_p times as probable as the most probable
+      one. Tokens tied with the last survivor are kept.
+
+    An option that is one number is declared here and listed in ``SAMPLING_OPTIONS``, from which
+    limits, columns of the batch, fields of messages, flags and keys of files are derived.
+    """
+
+    temperature: Annotated[
+        float, DeclaredOption(Limit(0.0, 100.0), "0 is greedy", 1.0, model_default="sampled")
+    ] = 0.0
+    top_k: Annotated[
+        int, DeclaredOption(Limit(0, 1 << 20), "0 is off", 50, model_default="sampled")
+    ] = 0
+    top_p: Annotated[
+        float, DeclaredOption(Limit(0.0, 1.0, above=True), "1 is off", 0.9, model_default="sampled")
+    ] = 1.0
+    min_p: Annotated[
+        float, DeclaredOption(Limit(0.0, 1.0), "0 is off", 0.01, model_default="sampled")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, DeclaredOption(Limit(0.001, 100.0), "1 is off", 1.1, model_default="always")
+    ] = 1.0
+    presence_penalty: Annotated[float, DeclaredOption(Limit(-2.0, 2.0), "0 is off", 0.1)] = 0.0
+    frequency_penalty: Annotated[float, DeclaredOption(Limit(-2.0, 2.0), "0 is off", 0.1)] = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (*(option.name for option in SAMPLING_OPTIONS), "seed"):
+            LIMITS[name].check(name, getattr(self, name))
+        for name in (*(option.name for option in SAMPLING_OPTIONS if option.kind is int), "seed"):
+            _check_whole(name, getattr(self, name))
+        LIMITS["num_logit_bias"].check("number of logit_bias", len(self.logit_bias))
+        for token_id, bias in self.logit_bias:
+            _check_whole("token id of logit_bias", token_id)
+            LIMITS["logit_bias"].check(f"logit_bias of token {token_id}", bias)
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ValueError("logit_bias names a token id twice")
+
+
+def _declared_options() -> tuple[SamplingOption, ...]:
+    options = []
+    for declared in fields(SamplingParams):
+        if get_origin(declared.type) is Annotated:
+            kind, facts = get_args(declared.type)
+            default = getattr(SamplingParams, declared.name)
+            options.append(
+                SamplingOption(name=declared.name, kind=kind, default=default, **vars(facts))
+            )
+    return tuple(options)
+
+
+SAMPLING_OPTIONS = _declared_options()
+
 LIMITS: dict[str, Limit] = {
-    "temperature": Limit(0.0, 100.0),
-    "top_k": Limit(0, 1 << 20),
-    "top_p": Limit(0.0, 1.0, above=True),
-    "min_p": Limit(0.0, 1.0),
-    "repetition_penalty": Limit(0.001, 100.0),
-    "presence_penalty": Limit(-2.0, 2.0),
-    "frequency_penalty": Limit(-2.0, 2.0),
+    **{option.name: option.limit for option in SAMPLING_OPTIONS},
     "logit_bias": Limit(-100.0, 100.0),
     "num_logit_bias": Limit(0, 300),
     "seed": Limit(0, (1 << 64) - 1),
@@ -52,55 +143,6 @@ LIMITS: dict[str, Limit] = {
     "role_characters": Limit(1, 64),
     "num_token_ids": Limit(0, 1 << 20),
 }
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen. Temperature 0 is greedy: the arg max, seed not used.
-
-    In this order, each over what the one before left (l: logits; c: how often a token stands in the
-    output so far):
-
-    - ``repetition_penalty`` r, tokens of prompt or output: l / r where l > 0, else l * r
-      (Keskar et al. 2019);
-    - ``presence_penalty`` and ``frequency_penalty``: l - presence [c > 0] - frequency c;
-    - ``logit_bias``, pairs of token id and what is added to its l, no id twice;
-    - ``temperature`` divides l; 0 and what float32 takes for it (below 1.2e-38) is greedy;
-    - ``top_k`` keeps the k most probable tokens (0: all), ``top_p`` the most probable ones whose
-      probabilities sum to p, ``min_p`` those at least min_p times as probable as the most probable
-      one. Tokens tied with the last survivor are kept.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "seed",
-        ):
-            LIMITS[name].check(name, getattr(self, name))
-        for name in ("top_k", "seed"):
-            _check_whole(name, getattr(self, name))
-        LIMITS["num_logit_bias"].check("number of logit_bias", len(self.logit_bias))
-        for token_id, bias in self.logit_bias:
-            _check_whole("token id of logit_bias", token_id)
-            LIMITS["logit_bias"].check(f"logit_bias of token {token_id}", bias)
-        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
-            raise ValueError("logit_bias names a token id twice")
 
 
 @dataclass(frozen=True)
@@ -182,7 +224,7 @@ def _check_whole(name: str, value: object) -> None:
 
 
 class FinishReason(Enum):
-    """Why a choice ended."""
+    """Reasons for which a choice ended."""
 
     STOP = "stop"  # an end-of-sequence or stop token, or a stop string
     LENGTH = "length"  # max_tokens reached

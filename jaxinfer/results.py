@@ -20,7 +20,7 @@ from jaxinfer.step_state import NO_TOKEN, StepResult
 def read_result(
     schedule: Schedule, result: StepResult, rows: list[int], num_drafts: int = 0
 ) -> StepOutput:
-    """What a call of ``schedule`` yielded; ``rows`` are the first logits rows of its sequences.
+    """Returns the outputs of a call; ``rows`` are the first logits rows of its sequences.
 
     A decode has ``num_drafts`` rows more, of which those that are no new token are empty.
     """

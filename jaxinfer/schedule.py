@@ -10,7 +10,7 @@ from jaxinfer.request import FinishReason, Request
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """What one sequence, a choice of a request, brings to a call of the device.
+    """The part that one sequence, a choice of a request, has in a call of the device.
 
     A chunk's ``token_ids`` stand at positions ``start ..``. A decode has none of its own: the
     device knows its last token and position; ``num_tokens`` says how many it may yield at most
@@ -82,7 +82,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """What a call yielded for one scheduled sequence.
+    """The yield of a call for one scheduled sequence.
 
     ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device, or
     guesses were wrong: ``num_drafted`` were verified, ``num_accepted`` of them right. ``logprobs``
@@ -101,14 +101,14 @@ class SequenceOutput:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a call yielded, on the host: one entry a scheduled sequence, decodes before chunks."""
+    """The yield of a call, on the host: one entry a scheduled sequence, decodes before chunks."""
 
     sequences: tuple[SequenceOutput, ...]
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a client is told about one choice after a step.
+    """News of one choice for its client, after a step.
 
     ``token_ids`` are new since the last output and include the end-of-sequence or stop token that
     ended the choice; ``logprobs`` go with them where asked for. ``prompt_logprobs`` come with

@@ -109,7 +109,7 @@ class Scheduler:
         )
 
     def is_live(self, request_id: str) -> bool:
-        """Whether any choice of a request is unfinished."""
+        """Tells if any choice of a request is unfinished."""
         return request_id in self._live
 
     def add(self, request: Request, arrival_seconds: float = 0.0) -> None:
@@ -274,7 +274,7 @@ class Scheduler:
         return num_drafts if self._has_room(decoding, num_steps, num_drafts) else 0
 
     def _drafts_of(self, sequence: Sequence, num_drafts: int) -> int:
-        """How many of ``num_drafts`` guesses of a step are worth while for a sequence."""
+        """Returns how many of a step's ``num_drafts`` drafts are worth while for a sequence."""
         return min(num_drafts, sequence.num_drafts) if self._adapts else num_drafts
 
     def _most_tokens(self, sequence: Sequence, num_steps: int, num_drafts: int) -> int:
@@ -283,7 +283,7 @@ class Scheduler:
         return min(most, sequence.num_remaining_tokens)
 
     def _has_room(self, decoding: list[Sequence], num_steps: int, num_drafts: int) -> bool:
-        """Whether the free pages suffice for all that a call may yield."""
+        """Tells if the free pages suffice for all that a call may yield."""
         num_pages = sum(
             max(0, self._num_missing_pages(s, self._most_tokens(s, num_steps, num_drafts)))
             for s in decoding
@@ -366,7 +366,7 @@ class Scheduler:
         return sequence
 
     def _note_last_chunks(self) -> None:
-        """What the call before this one computes can be found from now on."""
+        """Makes the pages that the call before this one computes findable from now on."""
         for sequence in self._last_chunks:
             if sequence.is_running:
                 self._register(sequence)

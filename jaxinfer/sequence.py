@@ -1,4 +1,4 @@
-"""What the scheduler remembers of one choice of a request. Host only: never imports JAX."""
+"""One choice of a request as the scheduler remembers it. Host only: never imports JAX."""
 
 from dataclasses import dataclass, field
 
@@ -178,7 +178,7 @@ class Sequence:
     def output(
         self, new: SequenceOutput, reason: FinishReason | None, is_first: bool = False
     ) -> RequestOutput:
-        """What the client is told; ``is_first`` when these are the choice's first tokens."""
+        """Makes the client's output; ``is_first``: these are the choice's first tokens."""
         is_scored = is_first and self.wants_prompt_logprobs
         return RequestOutput(
             request_id=self.request.request_id,

@@ -84,7 +84,7 @@ def abstract_parameters(state: nnx.State, mesh: Mesh) -> dict[Any, Any]:
 
 
 def device_format(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding | Format:
-    """How a parameter with these logical axes lies in the memory of its devices.
+    """Returns how a parameter with these logical axes lies in the memory of its devices.
 
     A TPU multiplies tiles of the last two dimensions. A weight [E, ..., X] lies there as matrices
     [E, X]: left in order it is copied in every call (272 MiB a layer of Llama 3 8B).
@@ -143,7 +143,7 @@ def physical_model(model: ModelConfig, num_devices: int) -> ModelConfig:
 
 
 def can_divide_heads(model: ModelConfig, num_devices: int) -> bool:
-    """Whether one of kv heads and devices divides the other."""
+    """Tells if one of kv heads and devices divides the other."""
     kv_heads = model.num_key_value_heads
     return kv_heads % num_devices == 0 or num_devices % kv_heads == 0
 
@@ -181,7 +181,7 @@ def physical_parameter(
 
 
 def explain_heads(model: ModelConfig, num_devices: int) -> str:
-    """What becomes of the heads, in one line."""
+    """Explains what becomes of the heads, in one line."""
     physical = physical_model(model, num_devices)
     kv_heads, query_heads = model.num_key_value_heads, model.num_attention_heads
     if physical.num_key_value_heads == kv_heads:

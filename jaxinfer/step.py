@@ -32,7 +32,7 @@ Parameters = dict[Any, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scores:
-    """Of the R rows that a step samples from: decodes with their guesses, then one a tile.
+    """The R rows that a step samples from: decodes with their drafts, then one a tile.
 
     ``logits`` [R, V] float32; ``positions`` [R] of the tokens to be sampled; ``slots`` [R], S for
     padding. ``prompt_logprobs``: of chunks, see ``score_chunks``.
@@ -47,7 +47,7 @@ class Scores:
 def ragged_batch(
     batch: Batch, lens: jax.Array, config: EngineConfig, num_drafts: jax.Array, max_drafts: int
 ) -> RaggedBatch:
-    """What attention needs to know of a batch; decode positions are the slots' lengths.
+    """Describes a batch to attention; decode positions are the slots' lengths.
 
     ``num_drafts`` [D] of at most ``max_drafts`` guesses come after each decode's own token.
     """
@@ -201,7 +201,7 @@ def verify(
     batch: Batch,
     guesses: Guesses,
 ) -> tuple[Scores, StepState]:
-    """What the target makes of all rows, those of guesses included."""
+    """Runs the target over all rows, those of drafts included."""
     hidden, ragged, state = forward(
         model, state, batch, config, guesses.num_drafts, shape.num_drafts
     )
@@ -284,7 +284,7 @@ def accept(
 def _verified(
     guesses: Guesses, logprobs: jax.Array, sampled: jax.Array, positions: jax.Array, batch: Batch
 ) -> jax.Array:
-    """What stands in the decodes' rows after rejection, [D * (K + 1)] int32."""
+    """Returns what stands in the decodes' rows after rejection, [D * (K + 1)] int32."""
     by_decode = guesses.drafts.shape[0], guesses.drafts.shape[1] + 1
     columns = batch.slots.of(batch.decode_slots)
     assert guesses.logprobs is not None

@@ -1,13 +1,13 @@
-"""What a step leaves on the device for the next one, and what it yields."""
+"""State that a step leaves on the device for the next one, and the result that it yields."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import abstract_kv_pages
 from jaxinfer.logprobs import LogprobColumns
 from jaxinfer.request import LIMITS
@@ -45,7 +45,7 @@ class StepState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepResult:
-    """What a call yields, for at most C steps, R logits rows, D decodes, N tiles of B rows.
+    """The yield of a call of at most C steps, R logits rows, D decodes, N tiles of B rows.
 
     ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``num_drafted`` [C, D] int32:
     guesses of each decode that were verified. ``draft_lens`` [D + N] int32: what ``StepState`` has
@@ -61,14 +61,9 @@ class StepResult:
     prompt_logprobs: LogprobColumns
 
 
-def abstract_state(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    mesh: Mesh,
-    draft: DraftModel | None = None,
-) -> StepState:
-    """Shapes and shardings of the state."""
+def abstract_state(spec: EngineSpec) -> StepState:
+    """Returns the shapes and shardings of the state of an engine."""
+    config, mesh = spec.config, spec.mesh
     whole = named_sharding(mesh)
     slots = config.max_num_seqs
 
@@ -81,8 +76,8 @@ def abstract_state(
         )
 
     return StepState(
-        kv_pages=pages(model, dtypes),
-        draft_kv_pages=pages(draft.model, draft.dtypes) if draft else (),
+        kv_pages=pages(spec.model, spec.dtypes),
+        draft_kv_pages=pages(spec.draft.model, spec.draft.dtypes) if spec.draft else (),
         tokens=array((slots, config.max_model_len), jnp.int32),
         lens=array((slots,), jnp.int32),
         draft_lens=array((slots,), jnp.int32),

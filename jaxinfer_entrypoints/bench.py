@@ -12,6 +12,8 @@ import time
 from types import ModuleType
 from typing import Any
 
+from jaxinfer_entrypoints.command_line.bench import add_bench_options, bench_options
+
 # Command -> its module and what it measures. Only the module of the command that runs is imported:
 # what drives a server needs no JAX. Those that make engines of their own compile them.
 COMMANDS = {
@@ -33,9 +35,10 @@ def main() -> None:
 
 def bench() -> None:
     """Runs one command and prints its figures; raises ``ValueError`` where they are incomplete."""
-    module, options = parse_arguments()
-    figures = module.run(options) if options.command == "serve" else on_engine(module, options)
-    if options.json:
+    module, parser, given = parse_arguments()
+    options = bench_options(parser, module.Options, given)
+    figures = module.run(options) if given.command == "serve" else on_engine(module, options, given)
+    if given.json:
         print(json.dumps(figures))
     elif hasattr(module, "table"):
         print(module.table(figures))
@@ -46,21 +49,23 @@ def bench() -> None:
         module.check_figures(figures)
 
 
-def on_engine(module: ModuleType, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a command that needs a model in this process."""
+def on_engine(module: ModuleType, options: Any, given: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of a command that needs a model in this process."""
+    from jaxinfer_entrypoints.command_line.engine import load_options
     from jaxinfer_entrypoints.loading.assembly import largest_shape, load_model
     from jaxinfer_entrypoints.loading.phases import Phases
 
-    phases = Phases(STARTED, quiet=options.quiet)
+    phases = Phases(STARTED, quiet=given.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, None if options.command == "offline" else largest_shape)
+    pick_shapes = None if given.command == "offline" else largest_shape
+    loaded = load_model(load_options(given), phases, pick_shapes)
     phases.print_table()
     startup_seconds = phases.seconds
     return module.run(loaded, options) | {"startup_seconds": startup_seconds}
 
 
-def parse_arguments() -> tuple[ModuleType, argparse.Namespace]:
-    """The module of the command, and the command line."""
+def parse_arguments() -> tuple[ModuleType, argparse.ArgumentParser, argparse.Namespace]:
+    """Reads the command line: the module of the command, its parser, and what was given."""
     parser = argparse.ArgumentParser(description="Measure the engine, or a running server.")
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {
@@ -73,14 +78,12 @@ def parse_arguments() -> tuple[ModuleType, argparse.Namespace]:
         raise AssertionError("argparse took no command for one")
     with importing():
         module = importlib.import_module(f"jaxinfer_entrypoints.benchmarks.{COMMANDS[name][0]}")
-    module.add_options(parsers[name])
+    add_bench_options(parsers[name], name, module.Options)
     parsers[name].add_argument("--json", action="store_true", help="print one line of JSON")
     parsers[name].add_argument("--quiet", action="store_true", help="no progress on stderr")
     if name != "serve":
         with importing():
-            from jaxinfer_entrypoints.loading.assembly import add_engine_options
+            from jaxinfer_entrypoints.command_line.engine import add_engine_options
 
         add_engine_options(parsers[name])
-    options = parser.parse_args()
-    module.check_options(parsers[name], options)
-    return module, options
+    return module, parsers[name], parser.parse_args()

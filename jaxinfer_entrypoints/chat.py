@@ -23,10 +23,9 @@ from serving.client.events import (
     Delta,
     Event,
     Finished,
-    GenerateOptions,
-    Message,
     Started,
 )
+from serving.client.options import GenerateOptions, Message
 
 COMMANDS = {
     "/reset": "forget the conversation; --system stays",
@@ -66,7 +65,7 @@ def chat() -> None:
 
 
 def greet(client: Client, address: str, max_tokens: int | None) -> str:
-    """What is served; raises ``ValueError`` in one line where nobody or nothing can answer.
+    """Asks what is served; raises ``ValueError`` in one line where nobody or nothing can answer.
 
     Nor can anybody answer with more tokens than the server has room for.
     """
@@ -94,7 +93,7 @@ def greet(client: Client, address: str, max_tokens: int | None) -> str:
 
 @dataclass
 class Interrupts:
-    """What Ctrl-C does: one KeyboardInterrupt where ``allowed``, nothing anywhere else."""
+    """Ctrl-C's effect: one KeyboardInterrupt where ``allowed``, nothing anywhere else."""
 
     _num_allowed: int = 0
 
@@ -124,7 +123,7 @@ class Interrupts:
 
 @dataclass
 class Answer:
-    """What came of one message so far; times are of this process."""
+    """The answer to one message so far; times are of this process."""
 
     sent_at: float = 0.0
     texts: list[str] = field(default_factory=list)
@@ -327,7 +326,7 @@ def one_line(text: str) -> str:
 
 
 def is_text(line: str) -> bool:
-    """Whether all bytes of a line were characters; see ``prepare_streams``."""
+    """Tells if all bytes of a line were characters; see ``prepare_streams``."""
     return not any("\ud800" <= character <= "\udfff" for character in line)
 
 

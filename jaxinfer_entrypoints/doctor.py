@@ -189,7 +189,7 @@ def device_lines(devices: list[dict[str, Any]]) -> list[str]:
 
 
 def cache_lines(caches: dict[str, Any]) -> list[str]:
-    """Where, how many, how large, writable or not."""
+    """Describes caches: where, how many files, how large, writable or not."""
     return named(
         caches,
         lambda cache: (
@@ -209,7 +209,7 @@ def named(found: dict[str, Any], describe: Callable[[Any], str]) -> list[str]:
 
 
 def fit_table(fits: list[dict[str, Any]]) -> list[str]:
-    """What would fit, aligned."""
+    """Aligns the table of what would fit."""
     if not fits:
         return ["what would fit is not known without devices"]
     rows = [("model", "dtype", "devices", "parameters", "KV a token", "tokens", "at most")]

@@ -1,4 +1,4 @@
-"""How every program starts and ends. Imports no JAX, and is what a program imports first.
+"""Start and end of every program. Imports no JAX, and is what a program imports first.
 
 Importing JAX takes seconds. A Ctrl-C meanwhile would be a traceback from within, or be lost where
 an import is tried only: until ``run_main`` is there, it ends the process at once.
@@ -60,7 +60,7 @@ def _end_at_once(*_: object) -> None:
 
 
 def _is_program() -> bool:
-    """Whether this process is one of ours, and not a test or somebody else's program."""
+    """Tells if this process is one of ours, and not a test or somebody else's program."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or ".")
     here = Path(__file__).resolve().parent
     folders = (here, here.parent / "scripts")

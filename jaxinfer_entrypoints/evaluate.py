@@ -17,10 +17,10 @@ from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.request import Request
 from jaxinfer_entrypoints.benchmarks.measuring import describe
 from jaxinfer_entrypoints.benchmarks.weight_formats import KV_FORMATS, compare_formats, format_table
+from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
 from jaxinfer_entrypoints.command_line.text_file import read_text
 from jaxinfer_entrypoints.loading.assembly import (
     LoadedModel,
-    add_engine_options,
     largest_shape,
     load_model,
 )
@@ -38,7 +38,7 @@ def evaluate() -> None:
     text = read_text(options.text)
     phases = Phases(STARTED, quiet=options.json or options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(options, phases, largest_shape)
+    loaded = load_model(load_options(options), phases, largest_shape)
     token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
     if options.max_tokens is not None:
         token_ids = token_ids[: options.max_tokens]
@@ -57,7 +57,7 @@ def evaluate() -> None:
         "predicted_tokens": len(losses),
         "nll": float(losses.mean()),
         "perplexity": math.exp(float(losses.mean())),
-        "window": loaded.engine_config.max_model_len - 1,
+        "window": loaded.spec.config.max_model_len - 1,
         "seconds": round(time.perf_counter() - begun, 3),
     }
     if options.json:
@@ -73,7 +73,7 @@ def window_losses(loaded: LoadedModel, token_ids: list[int], quiet: bool = False
     The windows are prompts like any other, of which log-probabilities are wanted. The first token
     of a window is not predicted; a rest of a single token is left out.
     """
-    size = loaded.engine_config.max_model_len - 1  # and one token that is generated
+    size = loaded.spec.config.max_model_len - 1  # and one token that is generated
     starts = range(0, len(token_ids) - 1, size)
     for start in starts:
         window = tuple(token_ids[start : start + size])

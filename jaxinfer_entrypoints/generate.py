@@ -20,6 +20,7 @@ from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
+from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
 from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine, parse_lines
 from jaxinfer_entrypoints.command_line.sampling import (
     add_sampling_options,
@@ -27,9 +28,9 @@ from jaxinfer_entrypoints.command_line.sampling import (
     describe_sampling,
     sampling_params,
 )
-from jaxinfer_entrypoints.loading.assembly import add_engine_options, load_model
+from jaxinfer_entrypoints.loading.assembly import load_model
 from jaxinfer_entrypoints.loading.phases import Phases
-from serving.rpc.validate import DEFAULT_MAX_TOKENS
+from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.text.output_text import OutputText, output_texts
 from serving.text.tokenizer import Tokenizer
 
@@ -88,6 +89,7 @@ def generate() -> None:
     options = parse_arguments()
     sampling_params(options)  # what cannot be is refused before anything is fetched
     text_options = checked_text_options(options)
+    wanted = load_options(options)
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
@@ -113,7 +115,7 @@ def generate() -> None:
             generations.append(Generation(request, [Choice(new_text()) for _ in range(request.n)]))
         return shapes_for(engine, [generation.request for generation in generations])
 
-    loaded = load_model(options, phases, pick_shapes)
+    loaded = load_model(wanted, phases, pick_shapes)
     phases.print_table()
     run(loaded.engine, generations, options)
 
@@ -127,7 +129,7 @@ def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchSha
     rows = min(shape.num_decodes for shape in engine.shapes if not shape.num_drafts)
     if choices > rows:
         return None
-    counts, size = engine.config.tile_counts, engine.config.chunk_tile
+    counts, size = engine.spec.config.tile_counts, engine.spec.config.chunk_tile
     tiles = sum(-(-len(request.prompt_token_ids) // size) for request in requests)
     tiles = min((count for count in counts if count >= tiles), default=counts[-1])
     drafts = [s for s in engine.shapes if s.num_drafts and not s.num_tiles]
@@ -143,7 +145,7 @@ def make_request(
     options: argparse.Namespace,
 ) -> Request:
     """A request that is known to fit."""
-    room = engine.config.max_model_len - len(prompt)
+    room = engine.spec.config.max_model_len - len(prompt)
     request = Request(
         request_id=str(number),
         prompt_token_ids=prompt,
@@ -157,7 +159,7 @@ def make_request(
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
     )
-    request.check_fits(engine.model.vocab_size, engine.config.max_model_len)
+    request.check_fits(engine.spec.model.vocab_size, engine.spec.config.max_model_len)
     return request
 
 
@@ -232,7 +234,7 @@ def print_result(generation: Generation, options: argparse.Namespace) -> None:
 
 
 def describe(choice: Choice, with_logprobs: bool) -> dict[str, Any]:
-    """What JSON says of one choice."""
+    """Describes one choice as JSON."""
     assert choice.finish_reason
     result: dict[str, Any] = {
         "token_ids": choice.token_ids,

@@ -11,14 +11,13 @@ import sys
 import time
 
 from jaxinfer.request import SamplingParams
+from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options, parse_count
 from jaxinfer_entrypoints.command_line.sampling import describe_sampling
 from jaxinfer_entrypoints.fit.compile_only import compile_only
 from jaxinfer_entrypoints.fit.explain_sharding import explain_sharding
 from jaxinfer_entrypoints.loading.assembly import (
-    add_engine_options,
     load_model,
     more_engines,
-    parse_count,
     plan_model,
 )
 from jaxinfer_entrypoints.loading.phases import Phases
@@ -35,21 +34,22 @@ def main() -> None:
 def serve() -> None:
     """Serves until SIGTERM or SIGINT; running requests are finished first."""
     options = parse_arguments()
+    wanted = load_options(options)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
     phases = Phases(STARTED)
     phases.add("import", time.perf_counter() - STARTED)
     if options.explain_sharding:
-        print(explain_sharding(plan_model(options, phases, needs_weights=False)))
+        print(explain_sharding(plan_model(wanted, phases, needs_weights=False)))
         return
     if options.compile_only:
-        compile_only(options, phases)
+        compile_only(wanted, phases)
         return
     described = table = ""
 
     def load() -> ServedModel:
         nonlocal described, table
-        loaded = load_model(options, phases)
+        loaded = load_model(wanted, phases)
         engines = more_engines(loaded, phases)
         table = memory_table(engines, loaded.devices)
         where = loaded.devices[0].device_kind
@@ -58,13 +58,13 @@ def serve() -> None:
         if loaded.default_sampling != SamplingParams():
             said = describe_sampling(loaded.default_sampling)
             table += f"\nsampling where a request says nothing (generation_config.json): {said}"
-        described = f"{loaded.name} on {where} in {loaded.dtypes.matrices}"
+        described = f"{loaded.name} on {where} in {loaded.spec.dtypes.matrices}"
         return ServedModel(
             name=loaded.name,
-            model=loaded.model,
+            model=loaded.spec.model,
             engines=engines,
-            engine_config=loaded.engine_config,
-            dtypes=loaded.dtypes,
+            engine_config=loaded.spec.config,
+            dtypes=loaded.spec.dtypes,
             tokenizer=loaded.tokenizer,
             default_sampling=loaded.default_sampling,
         )

@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer_entrypoints.loading.devices import add_platform_options, pick_devices
+from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
+from jaxinfer_entrypoints.loading.devices import pick_devices
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch, tpu
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages, num_lanes
 from pallas_kernels.tuning import FOLDER, file_name, write_sizes
@@ -41,7 +43,7 @@ def main() -> None:
 def tune() -> None:
     """Parses options, measures, prints a table, writes the file."""
     options = parse_arguments()
-    device = pick_devices(options)[0]
+    device = pick_devices(LoadOptions(device=device_of(options)))[0]
     if device.platform != "tpu":
         raise ValueError(f"block sizes are measured on a TPU, this is {device.device_kind}")
     folder = Path(tpu.__file__).resolve().parents[1] / FOLDER

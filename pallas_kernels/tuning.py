@@ -47,7 +47,7 @@ def _read(device_kind: str) -> Mapping[str, Any]:
 
 
 def _tables(file: Traversable) -> dict[str, Any]:
-    """What a file holds: sizes by operation, dtype and shape. ``ValueError`` if it is damaged."""
+    """Reads a file of sizes by operation, dtype and shape. ``ValueError`` if it is damaged."""
     try:
         tables = json.loads(file.read_text(encoding="utf-8"))
         for dtypes in tables.values():

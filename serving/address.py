@@ -1,4 +1,4 @@
-"""Where a server listens, as everybody who names one writes it. Imports no gRPC."""
+"""The address that a server listens at, as everybody writes it. Imports no gRPC."""
 
 import re
 

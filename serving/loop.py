@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine. Called from the loop's thread only."""
+    """An engine as the loop needs it. Called from the loop's thread only."""
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
@@ -97,7 +97,7 @@ def check_room(num_live: int, num_choices: int, limit: int) -> None:
 
 @dataclass
 class _Delivery:
-    """What one turn of the engine's thread has to tell the asyncio thread."""
+    """News that one turn of the engine's thread has for the asyncio thread."""
 
     outputs: list[tuple[RequestStream, TextOutput]] = field(default_factory=list)
     failed: list[tuple[RequestStream, Exception]] = field(default_factory=list)
@@ -305,7 +305,7 @@ class EngineLoop:
                 self._tell(self._deliver, delivery)
 
     def _commands(self) -> list[_Add | _Abort | _Stop]:
-        """What waits in the inbox; blocks for the first one while the engine has nothing to do."""
+        """Takes all from the inbox; blocks for the first while the engine has nothing to do."""
         commands = [] if self._engine.has_unfinished else [self._inbox.get()]
         while True:
             try:

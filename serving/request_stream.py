@@ -75,7 +75,7 @@ class RequestStream:
             yield await self.read()
 
     async def read(self) -> TextOutput:
-        """What is new of one choice, waiting for it if nothing is; errors as in ``outputs``."""
+        """Returns the news of one choice, waiting if there are none; errors as in ``outputs``."""
         while (choice := self._readable()) is None:
             if self._error is not None:
                 raise self._error
@@ -86,11 +86,11 @@ class RequestStream:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more will come; what came may still have to be read."""
+        """True when nothing more will come; what came may still have to be read."""
         return not self._running
 
     def first_token_at(self, choice: int) -> float | None:
-        """When the first token of a choice arrived here, in ``time.monotonic()``."""
+        """Returns the ``time.monotonic()`` at which the first token of a choice arrived here."""
         return self._first_token_at.get(choice)
 
     # ------------------------------------------------------------------------ for the loop

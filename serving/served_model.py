@@ -1,4 +1,4 @@
-"""What a server serves: engines, a tokenizer and their description. Knows no gRPC, no files."""
+"""The model that a server serves: engines, tokenizer, description. Knows no gRPC, no files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from serving.loop import Engine
 
 
 class Tokenizer(Protocol):
-    """What the service needs of a tokenizer. Its methods may be called from several threads."""
+    """A tokenizer as the service needs it. Its methods may be called from several threads."""
 
     def encode(
         self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from checkpoints.fetch.catalog import CATALOG, is_cached
+from tests.not_run import NotRun
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(NotRun())
     assert config.cache is not None
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

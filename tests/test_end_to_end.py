@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from serving.client import AsyncClient, Client
-from serving.client.events import Completion, GenerateOptions, Message
+from serving.client.events import Completion
+from serving.client.options import GenerateOptions, Message
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = json.loads((ROOT / "tests/data/smollm2_f32.json").read_text())["prompts"]
@@ -38,7 +40,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert match, line
         yield process, match.group(1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=HANG_SECONDS) == 0
         assert process.stdout.read() == "stopped\n"
     finally:
         process.kill()

@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.patience import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks/colab_tpu.ipynb"
 
@@ -50,7 +52,7 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, str(tmp_path))
     notebook = read()
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    NotebookClient(notebook, timeout=280, resources=resources).execute()
+    NotebookClient(notebook, timeout=round(HANG_SECONDS), resources=resources).execute()
     cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
     printed = {
         name: "".join(output.text for output in cell.outputs if output.output_type == "stream")

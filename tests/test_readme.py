@@ -174,7 +174,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_make(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the tests' own ``make test`` hands down would make others speak of folders."""
+    """Leaves out what the tests' own ``make test`` hands down: others would speak of folders."""
     return {name: value for name, value in environment.items() if not name.startswith("MAKE")}
 
 
@@ -256,7 +256,7 @@ def prepare(text: str, checkout: Path) -> str:
 
 
 def same(output: str, shown: str) -> bool:
-    """Whether the output is the one shown, in which a line ``...`` stands for any lines."""
+    """Tells whether the output is the one shown, in which a line ``...`` is any lines."""
     parts = [re.escape(part) for part in re.split(r"^\.\.\.\n", shown, flags=re.MULTILINE)]
     return re.fullmatch(r"(?:.*\n)*".join(parts), output) is not None
 

@@ -18,6 +18,7 @@ import pytest
 
 from tests.checkpoints.gguf.tiny_gguf import llama_bytes
 from tests.jaxinfer_entrypoints.conftest import SIZES
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"checkpoints", "jaxinfer", "jaxinfer_entrypoints", "pallas_kernels", "serving"}
@@ -26,8 +27,6 @@ PROGRAMS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 ]
 # What a fresh clone does not have.
 UNTRACKED = (".*", "__pycache__", "build", "dist", "*.egg-info")
-
-pytestmark = pytest.mark.timeout(600)  # without uv's cache every package is fetched
 
 
 def find_uv() -> str | None:
@@ -100,7 +99,7 @@ def start(command: list[str], folder: Path, path: str = "/usr/bin:/bin") -> subp
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit status, standard output and standard error."""
     try:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=HANG_SECONDS)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -169,7 +168,7 @@ def test_the_installed_server_serves_elsewhere(installed: Path, elsewhere: Path)
         assert (count, name) == ("5", "tiny")
         assert Path(path).is_relative_to(installed)
         server.send_signal(signal.SIGTERM)
-        out, _ = server.communicate(timeout=60)
+        out, _ = server.communicate(timeout=HANG_SECONDS)
         assert (server.returncode, out) == (0, "stopped\n")
     finally:
         server.kill()

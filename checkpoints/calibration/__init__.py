@@ -48,7 +48,7 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to round with: a method and the tokens of a text, which both must be given."""
+    """A method of rounding and the tokens of a text, which both must be given."""
 
     method: Method
     token_ids: Sequence[int]
@@ -131,7 +131,7 @@ def _calibrate_layer(
     method: Method,
     inputs: tuple[Any, ...],
 ) -> tuple[jax.Array, dict[MatrixPath, Any]]:
-    """What the rounded layer makes of ``inputs``, and all its parameters, by paths within it."""
+    """Returns the rounded layer's outputs of ``inputs``, and all its parameters by paths within."""
     graph, state = nnx.split(layer)
     parameters = _flat(nnx.to_pure_dict(state))
     rows = _run(graph, state, *inputs)[1]

@@ -146,7 +146,7 @@ class OrbaxCheckpoint:
         physical: ModelConfig,
         weight: QuantizedWeight | None,
     ) -> Any:
-        """What was read of a parameter as it is wanted: that already, if it is on a device."""
+        """Returns what was read of a parameter as it is wanted: itself, if on a device."""
         if isinstance(jax.tree.leaves(read)[0], jax.Array):
             return read
         axes = self._declared[path].axes

@@ -70,7 +70,7 @@ def _in_dtype(path: ParameterPath, array: np.ndarray, dtype: np.dtype) -> np.nda
 
 
 def provenance(source: str, path: Path, dtype: np.dtype, progress: Progress | None = None):
-    """Where a conversion comes from: files with their SHA-256, versions, the time.
+    """Describes where a conversion comes from: files with their SHA-256, versions, the time.
 
     ``source`` is what the user named, ``path`` where it lies. ``progress(done, total)`` counts
     bytes.

@@ -146,7 +146,7 @@ def _files_there(model: HubModel, names: Iterable[str]) -> str:
 
 
 def _cached(model: HubModel) -> Path:
-    """What is there of a model without asking anybody."""
+    """Finds what is there of a model without asking anybody."""
     if model.file:
         options: dict[str, Any] = {"revision": model.revision, "local_files_only": True}
         files = _with_later_shards(model, model.file)

@@ -1,4 +1,4 @@
-"""How a model of the Hugging Face hub is named on a command line."""
+"""Names of the Hugging Face hub's models on a command line."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class HubModel:
 
     @property
     def name(self) -> str:
-        """What the model is called."""
+        """Returns what the model is called."""
         return file_stem(Path(self.file)) if self.file else self.repo.partition("/")[2]
 
 

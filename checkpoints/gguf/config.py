@@ -1,4 +1,4 @@
-"""What a GGUF file says about its model, as the fields that a ``config.json`` would have.
+"""A GGUF file's words about its model, as the fields that a ``config.json`` would have.
 
 The families read those (jaxinfer/models); here is only what the two formats call differently, and
 what llama.cpp takes for granted.

@@ -49,7 +49,7 @@ MetadataValue = bool | int | float | str | tuple[str, ...] | np.ndarray
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. ``shape`` is in numpy's order, rows last; ``start`` in the file."""
+    """A tensor's place. ``shape`` is in numpy's order, rows last; ``start`` in the file."""
 
     name: str
     shape: tuple[int, ...]

@@ -20,7 +20,7 @@ _OWN_KEYS = (_NUMBER, "general.alignment")
 
 
 class GGUFFiles:
-    """What a ``GGUFFile`` gives, of one file or of a whole split set by its first shard.
+    """The same as a ``GGUFFile``, of one file or of a whole split set by its first shard.
 
     Raises ``ValueError`` in one line naming the file: damaged, not the first shard, a shard that is
     missing or belongs elsewhere. The files must not be truncated while this object lives.

@@ -1,16 +1,14 @@
-"""How a Hugging Face folder wants its model sampled: generation_config.json."""
+"""Sampling that a Hugging Face folder asks for: generation_config.json."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from checkpoints.json_file import read_json
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import SAMPLING_OPTIONS, SamplingParams
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20
-
-_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -26,11 +24,10 @@ def read_default_sampling(folder: Path) -> SamplingParams:
     Raises ``ValueError`` for values that no request may have.
     """
     fields = read_generation_config(folder)
-    names = ["repetition_penalty"]
-    sampling = SamplingParams()
-    if fields.get("do_sample") is True:
-        sampling = SamplingParams(temperature=1.0)
-        names += _SAMPLED
+    is_sampled = fields.get("do_sample") is True
+    sampling = SamplingParams(temperature=1.0) if is_sampled else SamplingParams()
+    read = ("always", "sampled") if is_sampled else ("always",)
+    names = [option.name for option in SAMPLING_OPTIONS if option.model_default in read]
     wanted = {name: fields[name] for name in names if fields.get(name) is not None}
     for name, value in wanted.items():
         if isinstance(value, bool) or not isinstance(value, int | float):

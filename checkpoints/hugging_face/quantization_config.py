@@ -16,7 +16,7 @@ _WHERE = "quantization_config"
 
 @dataclass(frozen=True)
 class Packing:
-    """How integers lie in a folder's tensors; see packed_files for the ``layout``.
+    """The way integers lie in a folder's tensors; see packed_files for the ``layout``.
 
     ``group``: inputs that share a scale, None for all of an output. ``is_symmetric``: zero points,
     where there are any, are all in the middle. ``zero_offset``: what is added to stored ones.
@@ -30,7 +30,7 @@ class Packing:
 
 
 def read_packing(config: Mapping[str, Any]) -> Packing | None:
-    """What a config.json says of packed weights, None where it has nothing of the kind.
+    """Reads what a config.json says of packed weights, None where it has nothing of the kind.
 
     Raises ``ValueError`` in one line for what is not supported, or is of a wrong type.
     """

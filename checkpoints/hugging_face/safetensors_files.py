@@ -52,7 +52,7 @@ class SafetensorsFiles:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def dtype(self, name: str) -> str:
-        """What a tensor is of, as the format calls it."""
+        """Returns a tensor's dtype, as the format calls it."""
         return self._tensors[name].dtype
 
     def check_dtype(self, name: str) -> None:
@@ -76,7 +76,7 @@ class SafetensorsFiles:
         return self._tensors[name].file.get_tensor(name)
 
     def are_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors of one shape have the same numbers; a part at a time is read."""
+        """Tells if two tensors of one shape have the same numbers; a part at a time is read."""
         step = max(1, _COMPARED_NUMBERS // max(1, math.prod(self._tensors[one].shape[1:])))
         num_rows = self._tensors[one].shape[0]
         rows = [slice(n, min(n + step, num_rows)) for n in range(0, num_rows, step)]

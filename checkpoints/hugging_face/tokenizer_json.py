@@ -84,7 +84,7 @@ def _decoders(decoder: object) -> Iterator[dict[str, Any]]:
 
 
 def _strips_space(step: Mapping[str, Any]) -> bool:
-    """Whether a step of a decoder takes a space from the beginning of a text."""
+    """Tells if a step of a decoder takes a space from the beginning of a text."""
     if step.get("type") == "Metaspace":
         return step.get("prepend_scheme", "always") != "never"
     return step.get("type") == "Strip" and step.get("start") == 1

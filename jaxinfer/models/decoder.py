@@ -129,7 +129,7 @@ class Decoder(nnx.Module):
         return x * jnp.asarray(self.embedding_scale, x.dtype)
 
     def ropes(self, positions: jax.Array) -> list[RopeTables]:
-        """Of ``positions`` [T], for every layer; some layers rotate by angles of their own."""
+        """Returns each layer's tables of ``positions`` [T]; some rotate by angles of their own."""
         model = self.model
         is_local = [
             model.local_rope_theta is not None and model.window(layer) is not None

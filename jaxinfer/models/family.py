@@ -1,4 +1,4 @@
-"""What a family's file tells the rest: its module, its configuration, the names of its tensors."""
+"""A family as its file describes it: its module, its configuration, the names of its tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

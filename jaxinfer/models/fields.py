@@ -35,11 +35,11 @@ class Fields:
         return Fields({**defaults, **given}, self._where)
 
     def has(self, name: str) -> bool:
-        """Whether a field is there."""
+        """Tells whether a field is there."""
         return self._fields.get(name) is not None
 
     def is_null(self, name: str) -> bool:
-        """Whether a field is there and null, where that is not the same as none at all."""
+        """Tells whether a field is there and null, where that is not the same as none at all."""
         return name in self._fields and self._fields[name] is None
 
     def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
@@ -121,7 +121,7 @@ class Fields:
 
 
 def common_fields(fields: Fields, activation: str = "silu") -> dict[str, Any]:
-    """What every family reads alike, as arguments of ``ModelConfig``; refuses other activations."""
+    """Returns fields of ``ModelConfig`` that all families read alike; refuses other activations."""
     names = (activation, "swish") if activation == "silu" else (activation,)  # the same
     for name in ("hidden_act", "hidden_activation"):
         fields.expect(name, *names)

@@ -33,7 +33,7 @@ class _Mean:
 
 @dataclass
 class _Batches:
-    """What steps of about as many decodes took, plain and with guesses."""
+    """Seconds that steps of about as many decodes took, plain and with drafts."""
 
     plain_seconds: _Mean = field(default_factory=_Mean)
     draft_seconds: _Mean = field(default_factory=_Mean)
@@ -64,7 +64,7 @@ class DraftControl:
         self._batches: dict[object, _Batches] = {}
 
     def choose(self, gains: Sequence[float | None]) -> int:
-        """How many guesses of each decode to verify in the next step.
+        """Returns how many drafts of each decode to verify in the next step.
 
         ``gains``: tokens a step that each decode has had with guesses lately, None if it had none.
         """

@@ -26,7 +26,7 @@ NEW_ROWS = 2
 
 
 class TargetAndDraft(NamedTuple):
-    """What there is of both models of a step; ``draft`` is None without a draft model."""
+    """Something of both models of a step; ``draft`` is None without a draft model."""
 
     target: Any
     draft: Any = None
@@ -144,7 +144,7 @@ def propose(
 def _propose_by_model(
     model: Drafter, max_drafts: int, num_drafts: jax.Array, state: StepState, batch: Batch
 ) -> tuple[Guesses, StepState]:
-    """What it lacks is caught up, then it guesses one token after the other."""
+    """Catches up with what the draft model lacks, then drafts one token after the other."""
     slots = batch.decode_slots
     lens = state.lens.at[slots].get(mode="fill", fill_value=0)
     if not model.num_layers:

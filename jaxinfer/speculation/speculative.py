@@ -42,7 +42,7 @@ def propose_ngrams(tokens: jax.Array, ends: jax.Array, num_drafts: int) -> tuple
 def num_accepted(
     drafts: jax.Array, num_drafts: jax.Array, sampled: jax.Array, ends: jax.Array
 ) -> jax.Array:
-    """How many of ``sampled`` [D, K + 1] are new tokens, [D] int32.
+    """Returns how many of ``sampled`` [D, K + 1] are new tokens, [D] int32.
 
     ``drafts`` [D, K], of which ``num_drafts`` [D] were verified; ``ends`` [D, K + 1] says which of
     ``sampled`` would end the sequence. With x_1 ... x_K the guesses and y_0 ... y_K what the model

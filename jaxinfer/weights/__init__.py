@@ -1,4 +1,4 @@
-"""How matrices are held: in a float dtype, or quantized.
+"""Formats of matrices: a float dtype, or quantized.
 
 A matrix is declared once, by its logical shape and which of its axes are summed over. What comes
 back is a plain parameter or a module whose class knows its arrays, how to make them and how to
@@ -120,7 +120,7 @@ def _plain(path: tuple[Any, ...]) -> MatrixPath:
 
 
 def multiplies_floats(dtypes: DtypePolicy) -> bool:
-    """Whether XLA:CPU's products of matrices are of floats, not of integers."""
+    """Tells if XLA:CPU's products of matrices are of floats, not of integers."""
     if dtypes.quantization is None:
         return True
     forms = [form for _, form in dtypes.matrix_formats] or [parse_format(dtypes.quantization)]

@@ -120,7 +120,7 @@ class GroupedWeight(nnx.Module):
         return array.reshape(*before, -1, self.form.group, *after)
 
     def arrays(self, groups: Any, scales: Any, minimums: Any) -> dict[str, Any]:
-        """What is held of integers [..., I/G, G, O...], their scales and minimums [..., I/G, 1,
+        """Packs integers [..., I/G, G, O...], their scales and minimums [..., I/G, 1,
         O...].
         """
         axis, form = self.axis, self.form

@@ -1,30 +1,23 @@
-"""``bench.py host``: where the host's time goes in a step, and whether the device hides it."""
+"""``bench.py host``: the host's time in a step by phase, and whether the device hides it."""
 
-import argparse
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.engine import Engine
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import SAMPLING_OPTIONS, SamplingParams
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure, random_prompts, requests_of
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.scheduler import scheduler_times
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, largest_shape, new_engine
 from serving.text.tokenizer import Detokenizer
 
+EXAMPLES: dict[str, Any] = {option.name: option.example for option in SAMPLING_OPTIONS}
 FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature": {"sampling": SamplingParams(temperature=1.0)},
     "all features": {
-        "sampling": SamplingParams(
-            temperature=1.0,
-            top_k=50,
-            top_p=0.9,
-            min_p=0.01,
-            repetition_penalty=1.1,
-            presence_penalty=0.1,
-            frequency_penalty=0.1,
-            logit_bias=((5, 1.0), (6, -1.0)),
-        ),
+        "sampling": SamplingParams(**EXAMPLES, logit_bias=((5, 1.0), (6, -1.0))),
         "min_tokens": 24,
         "stop_token_ids": (0,),
         "logprobs": 20,
@@ -38,26 +31,25 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 PHASES = ("schedule", "pack", "dispatch", "convert", "update")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument("--num-steps", type=int, default=128, help="default: %(default)s")
+@dataclass(frozen=True)
+class Options:
+    """Steps to measure. Raises ``ValueError`` for too few or too many."""
+
+    num_steps: int = 128
+
+    def __post_init__(self) -> None:
+        check_range("num_steps", self.num_steps, 2, 4096)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    if not 2 <= options.num_steps <= 4096:
-        parser.error(f"--num-steps must be between 2 and 4096, got {options.num_steps}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Milliseconds a decode step, all slots in use: waiting for each, ahead, and several a call."""
-    figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.engine_config.max_num_seqs}
+    figures: dict[str, Any] = describe(loaded) | {"num_seqs": loaded.spec.config.max_num_seqs}
     shapes = [*largest_shape(loaded.engine)]
     shapes += [shape for shape in loaded.engine.shapes if not shape.num_tiles]
     for name, changes in ARRANGEMENTS.items():
         engine = new_engine(loaded, shapes, **changes)
-        lengths = [32] * loaded.engine_config.max_num_seqs
-        prompts = random_prompts(loaded.model.vocab_size, lengths)
+        lengths = [32] * loaded.spec.config.max_num_seqs
+        prompts = random_prompts(loaded.spec.model.vocab_size, lengths)
         measure(engine, requests_of(prompts, 4))
         before, cpu_before = engine.host_seconds, engine.host_cpu_seconds
         # The prompts are found in the prefix cache, so that nearly all steps are decodes.
@@ -89,7 +81,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
 
 def feature_times(loaded: LoadedModel, engine: Engine) -> dict[str, float]:
     """Milliseconds of a decode step, all slots in use, by what the requests ask for."""
-    prompts = random_prompts(loaded.model.vocab_size, [32] * engine.config.max_num_seqs)
+    prompts = random_prompts(loaded.spec.model.vocab_size, [32] * engine.spec.config.max_num_seqs)
     times: dict[str, list[float]] = {name: [] for name in FEATURES}
     for _ in range(3):  # in turns, so that a drift of the machine meets all
         for name, fields in FEATURES.items():

@@ -1,41 +1,41 @@
 """``bench.py invariance``: the same requests in many arrangements must give the same tokens."""
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxinfer.batch import batch_shapes
 from jaxinfer.engine import Engine
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import SAMPLING_OPTIONS, Request, SamplingParams
 from jaxinfer_entrypoints.benchmarks.measuring import Measured, describe, measure, random_prompts
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument("--num-prompts", type=int, default=200, help="default: %(default)s")
-    parser.add_argument(
-        "--no-cost", dest="cost", action="store_false", help="do not measure what the promise costs"
-    )
-    parser.add_argument("--output-len", type=int, default=16, help="tokens (default: %(default)s)")
+@dataclass(frozen=True)
+class Options:
+    """Requests, their new tokens, and if the promise's ``cost`` is measured too.
+
+    Raises ``ValueError`` for sizes out of range.
+    """
+
+    num_prompts: int = 200
+    output_len: int = 16
+    cost: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("num_prompts", self.num_prompts, 1, 10_000)
+        check_range("output_len", self.output_len, 1, 512)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    if not 1 <= options.num_prompts <= 10_000:
-        parser.error(f"--num-prompts must be between 1 and 10000, got {options.num_prompts}")
-    if not 1 <= options.output_len <= 512:
-        parser.error(f"--output-len must be between 1 and 512, got {options.output_len}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """How many requests gave the tokens they give alone, by arrangement; and what that costs."""
-    longest = min(768, loaded.engine_config.max_model_len)
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
+    """Counts the requests that gave the tokens they give alone, by arrangement; and the cost."""
+    longest = min(768, loaded.spec.config.max_model_len)
     requests = make_requests(
-        loaded.model.vocab_size, longest, options.num_prompts, options.output_len
+        loaded.spec.model.vocab_size, longest, options.num_prompts, options.output_len
     )
     alone: dict[str, list[int]] = {}
     results = {}
@@ -83,12 +83,13 @@ def make_requests(vocab_size: int, longest: int, count: int, output_len: int) ->
     random = np.random.default_rng(0)
     lengths = random.integers(4, max(5, longest // 5), count)
     prompts = random_prompts(vocab_size, lengths.tolist())
-    samplings = (
-        SamplingParams(),
-        SamplingParams(temperature=0.8, top_p=0.9, seed=1),
-        SamplingParams(temperature=1.0, top_k=20, repetition_penalty=1.2, seed=2),
-        SamplingParams(temperature=1.1, min_p=0.05, frequency_penalty=0.3, seed=3),
-    )
+    # Greedy, and three that share all options between them, each at a temperature of its own.
+    examples: dict[str, Any] = {option.name: option.example for option in SAMPLING_OPTIONS}
+    del examples["temperature"]
+    samplings = [SamplingParams()]
+    for number, temperature in enumerate((1.0, 0.8, 1.1)):
+        some = dict(list(examples.items())[number::3])
+        samplings.append(SamplingParams(temperature=temperature, **some))
     requests = []
     for number, prompt in enumerate(prompts):
         shared = prompts[number - number % 4] if number % 4 else ()
@@ -105,19 +106,19 @@ def arrangements(
     """(name, engine, batches that are run one after the other); the first is each one alone."""
     sizes: dict[str, Any] = {"max_model_len": longest, "draft": None, "num_draft_layers": 0}
     sizes["max_num_batched_tokens"] = 256
-    page_size = loaded.engine_config.page_size
+    page_size = loaded.spec.config.page_size
     singles = [[request] for request in requests]
     backwards = [dataclasses.replace(r, priority=int(r.request_id) % 5) for r in requests[::-1]]
 
     def engine(**changes: Any) -> Engine:
-        config = dataclasses.replace(loaded.engine_config, **(sizes | changes))
+        config = dataclasses.replace(loaded.spec.config, **(sizes | changes))
         # Few programs, of every kind: small and large batches, with and without chunks.
         shapes = batch_shapes(config)
         few = [shape for shape in shapes if shape.num_tiles in (0, 1, shapes[-1].num_tiles)]
         return new_engine(loaded, few, **(sizes | changes))
 
     yield "alone, no prefix cache", engine(prefix_cache=False), singles
-    together = engine(num_pages=loaded.engine_config.num_pages)
+    together = engine(num_pages=loaded.spec.config.num_pages)
     yield "all at once", together, [requests]
     yield "again, from the prefix cache", together, [requests]
     del together
@@ -127,11 +128,14 @@ def arrangements(
     yield "backwards, priorities, 4 steps", engine(max_steps_per_call=4), [backwards]
     guesses: dict[str, Any] = {"num_drafts": 3, "adapt_drafts": False}
     yield "guesses from the text", engine(draft="ngram", **guesses), [requests]
-    layers = {"draft": "layers", "num_draft_layers": max(1, loaded.model.num_hidden_layers // 3)}
+    layers = {
+        "draft": "layers",
+        "num_draft_layers": max(1, loaded.spec.model.num_hidden_layers // 3),
+    }
     tight = engine(**guesses, **layers, num_pages=3 * few, max_steps_per_call=2)
     yield "guesses of the first layers", tight, [backwards]
     del tight
-    if loaded.draft:
+    if loaded.spec.draft:
         yield "guesses of a model", engine(draft="model", **guesses), [requests]
 
 
@@ -142,15 +146,15 @@ def cost(loaded: LoadedModel) -> dict[str, Any]:
         shapes = loaded.engine.shapes
         few = [shape for shape in shapes if shape.num_tiles in (0, shapes[-1].num_tiles)]
         engine = new_engine(loaded, few, batch_invariant=batch_invariant, prefix_cache=False)
-        for size in (1, loaded.engine_config.max_num_seqs):
-            prompts = random_prompts(loaded.model.vocab_size, [64] * size)
+        for size in (1, loaded.spec.config.max_num_seqs):
+            prompts = random_prompts(loaded.spec.model.vocab_size, [64] * size)
             requests = [Request(str(i), p, 33, ignore_eos=True) for i, p in enumerate(prompts)]
             measure(engine, requests)
             measured: Measured = measure(engine, requests)
             speed = measured.decode_tokens / measured.decode_seconds
             speeds.setdefault(f"decode tok/s, batch {size}", []).append(speed)
-        length = min(512, engine.config.max_model_len // 2)
-        prompts = random_prompts(loaded.model.vocab_size, [length] * 4, seed=1)
+        length = min(512, engine.spec.config.max_model_len // 2)
+        prompts = random_prompts(loaded.spec.model.vocab_size, [length] * 4, seed=1)
         measured = measure(engine, [Request(str(i), p, 1) for i, p in enumerate(prompts)])
         speeds.setdefault("prefill tok/s", []).append(4 * length / measured.seconds)
         del engine

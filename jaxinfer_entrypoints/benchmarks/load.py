@@ -1,6 +1,7 @@
 """``bench.py load``: speed and latency against the number of sequences that run at once."""
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,36 @@ from jaxinfer_entrypoints.benchmarks.measuring import (
     random_prompts,
     requests_of,
 )
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument(
-        "--concurrency",
-        type=int,
-        nargs="+",
-        default=[1, 2, 4, 8, 16, 32, 64],
-        help="default: 1 to 64 in powers of two",
-    )
-    parser.add_argument("--prompt-len", type=int, default=32, help="tokens (default: %(default)s)")
-    parser.add_argument("--output-len", type=int, default=32, help="tokens (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, help="a PNG file to draw (needs matplotlib)")
+@dataclass(frozen=True)
+class Options:
+    """Numbers of sequences at once, and sizes in tokens. ``ValueError`` if out of range."""
+
+    concurrency: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
+    prompt_len: int = 32
+    output_len: int = 32
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "prompt_len", "output_len"):
+            check_range(name, getattr(self, name), 1, 1024)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    for name, values in (
-        ("--concurrency", options.concurrency),
-        ("--prompt-len", [options.prompt_len]),
-        ("--output-len", [options.output_len]),
-    ):
-        if not all(1 <= value <= 1024 for value in values):
-            parser.error(f"{name} must be between 1 and 1024, got {values}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """One engine, twice as many requests as run at once, for each number."""
     points = []
     for size in options.concurrency:
         rows = -(-size // 8) * 8
         engine = new_engine(
             loaded,
-            [BatchShape(rows, tiles) for tiles in (0, *loaded.engine_config.tile_counts)],
+            [BatchShape(rows, tiles) for tiles in (0, *loaded.spec.config.tile_counts)],
             max_num_seqs=size,
             prefix_cache=False,
         )
-        prompts = random_prompts(loaded.model.vocab_size, [options.prompt_len] * 2 * size)
+        prompts = random_prompts(loaded.spec.model.vocab_size, [options.prompt_len] * 2 * size)
         measure(engine, requests_of(prompts[:1], 3))
         measured = measure(engine, requests_of(prompts, options.output_len), f"{size} at once")
         points.append(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: running requests against the clock, and describing the machine."""
+"""Parts that benchmarks share: running requests against the clock, describing the machine."""
 
 import os
 import platform
@@ -109,12 +109,12 @@ def latencies(measured: Measured) -> dict[str, float | None]:
 
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:
-    """What was measured where, with which versions; peak memory of the process in MiB."""
+    """Describes what was measured where, with which versions; peak memory of the process in MiB."""
     device = loaded.devices[0]
     device_memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "model": loaded.name,
-        "dtype": loaded.dtypes.matrices,
+        "dtype": loaded.spec.dtypes.matrices,
         "device": device.device_kind,
         "machine": f"{platform.machine()} {platform.system()}",
         "date": datetime.now(UTC).date().isoformat(),

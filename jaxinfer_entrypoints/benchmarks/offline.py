@@ -1,6 +1,6 @@
 """``bench.py offline``: random prompts straight into the engine."""
 
-import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer_entrypoints.benchmarks.measuring import (
@@ -11,36 +11,36 @@ from jaxinfer_entrypoints.benchmarks.measuring import (
     random_prompts,
     requests_of,
 )
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.loading.assembly import LoadedModel
 
 MAX_SIZE = 1 << 20
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument("--prompt-len", type=int, default=128, help="tokens (default: %(default)s)")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens (default: %(default)s)")
-    parser.add_argument("--num-prompts", type=int, default=16, help="default: %(default)s")
+@dataclass(frozen=True)
+class Options:
+    """Sizes in tokens. Raises ``ValueError`` for those out of range."""
+
+    prompt_len: int = 128
+    output_len: int = 64
+    num_prompts: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_len", "output_len", "num_prompts"):
+            check_range(name, getattr(self, name), 1, MAX_SIZE)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    for name in ("prompt_len", "output_len", "num_prompts"):
-        if not 1 <= getattr(options, name) <= MAX_SIZE:
-            parser.error(f"--{name.replace('_', '-')} must be between 1 and {MAX_SIZE}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """The figures of one run; greedy, through end-of-sequence tokens."""
     length = options.prompt_len + options.output_len
-    if length > loaded.engine_config.max_model_len:
+    if length > loaded.spec.config.max_model_len:
         raise ValueError(
             f"--prompt-len {options.prompt_len} plus --output-len {options.output_len} is more "
-            f"than max_model_len ({loaded.engine_config.max_model_len})"
+            f"than max_model_len ({loaded.spec.config.max_model_len})"
         )
     lengths = [options.prompt_len] * options.num_prompts
     # Other prompts each time, so that none is found in the prefix cache.
-    sets = [random_prompts(loaded.model.vocab_size, lengths, seed) for seed in range(3)]
+    sets = [random_prompts(loaded.spec.model.vocab_size, lengths, seed) for seed in range(3)]
     # Each program once, so that nothing measured is a first time.
     measure(loaded.engine, requests_of(sets[0][:1], 2), "warm up")
     prefill = measure(loaded.engine, requests_of(sets[1], 1), "prefill")
@@ -49,7 +49,7 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         "prompt_len": options.prompt_len,
         "output_len": options.output_len,
         "num_prompts": options.num_prompts,
-        "max_num_seqs": options.max_num_seqs,
+        "max_num_seqs": loaded.spec.config.max_num_seqs,
         **summarize(prefill, whole, sum(lengths)),
     }
 

@@ -4,10 +4,10 @@ Other engines guess in one program and verify in another, with the host between 
 functions are compiled apart, so that all that differs is what lies between.
 """
 
-import argparse
 import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jaxinfer.speculation.drafting import Guesses, TargetAndDraft, propose
 from jaxinfer.step import accept, compiler_options, verify, with_draft_lens, without_ended
 from jaxinfer.step_state import StepResult, StepState
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.speculation import (
     drafts_of,
     engine_for,
@@ -32,29 +33,21 @@ Program = Callable[[Any, StepState, jax.Array], tuple[StepState, StepResult]]
 WAYS = ("one program", "two programs", "three programs", "three, guesses by the host")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument(
-        "--output-len", type=int, default=96, help="new tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="all ways in turn, so often (default: %(default)s)"
-    )
+@dataclass(frozen=True)
+class Options:
+    """New tokens, and how often all ways are taken in turn. ``ValueError`` if out of range."""
+
+    output_len: int = 96
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        check_range("output_len", self.output_len, 8, 1024)
+        check_range("rounds", self.rounds, 1, 100)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses sizes out of range."""
-    for name, value, low, high in (
-        ("--output-len", options.output_len, 8, 1024),
-        ("--rounds", options.rounds, 1, 100),
-    ):
-        if not low <= value <= high:
-            parser.error(f"{name} must be between {low} and {high}, got {value}")
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Milliseconds a token of one sequence in each way, medians of rounds, one step a call."""
-    draft = loaded.engine_config.draft or "ngram"
+    draft = loaded.spec.config.draft or "ngram"
     engine = engine_for(loaded, 1, draft=draft, max_steps_per_call=1, adapt_drafts=False)
     whole = {shape: program for shape, program in engine.programs.items() if shape.num_drafts}
     apart = {shape: _Stages(engine, shape) for shape in whole}
@@ -73,8 +66,8 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             if number:  # the first round compiles
                 times[way].append(1e3 * measured.decode_seconds / measured.decode_tokens)
     return describe(loaded) | {
-        "draft": options.draft or draft,
-        "num_drafts": loaded.engine_config.num_drafts,
+        "draft": loaded.options.draft or draft,
+        "num_drafts": loaded.spec.config.num_drafts,
         "output_len": options.output_len,
         "rounds": options.rounds,
         "acceptance_rate": round(drafted[1] / drafted[0], 4) if drafted[0] else None,
@@ -91,9 +84,9 @@ class _Stages:
     """The parts of one step, each compiled by itself; the state is donated from one to the next."""
 
     def __init__(self, engine: Engine, shape: BatchShape) -> None:
-        self.config, self.shape, self.graphs = engine.config, shape, engine.graphs
-        platform = engine.mesh.devices.flat[0].platform
-        options = compiler_options(platform, engine.dtypes, engine.config.batch_invariant)
+        self.config, self.shape, self.graphs = engine.spec.config, shape, engine.graphs
+        platform = engine.spec.mesh.devices.flat[0].platform
+        options = compiler_options(platform, engine.spec.dtypes, engine.spec.config.batch_invariant)
         compiled = functools.partial(jax.jit, compiler_options=options)
         self.guess = compiled(self._guess, donate_argnums=1)
         self.verify = compiled(self._verify, donate_argnums=1)

@@ -1,4 +1,4 @@
-"""What the scheduler costs when much waits and much is cached: part of ``bench.py host``.
+"""The scheduler's cost when much waits and much is cached: part of ``bench.py host``.
 
 No model and no device: every row yields a token at once.
 """

@@ -5,13 +5,13 @@ asked for, which shows what the program itself gains from acceptance. With a tem
 of acceptance are measured on the same prompts.
 """
 
-import argparse
 import dataclasses
 import inspect
 import math
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.speculation import drafting
 from jaxinfer_entrypoints.benchmarks.measuring import Measured, describe, measure
+from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.serve.plots import check_plot
 from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 
@@ -48,51 +49,34 @@ def prompt_texts() -> dict[str, str]:
     }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1], help="sequences at once (default: 1)"
-    )
-    parser.add_argument(
-        "--output-len", type=int, default=128, help="new tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampling (default: greedy)"
-    )
-    parser.add_argument(
-        "--simulate",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="PERCENT",
-        help="measure also with guesses that are right in so many of 100 cases",
-    )
-    parser.add_argument("--plot", type=Path, help="a PNG file of --simulate (needs matplotlib)")
+@dataclass(frozen=True)
+class Options:
+    """Measurements to take. Raises ``ValueError`` for what cannot be.
+
+    ``batch``: sequences at once, one row each. ``simulate``: percentages of drafts that are right.
+    """
+
+    batch: Sequence[int] = (1,)
+    output_len: int = 128
+    temperature: float = 0.0
+    simulate: Sequence[int] = ()
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_range("batch", self.batch, 1, 64)
+        check_range("output_len", self.output_len, 8, 1024)
+        check_range("simulate", self.simulate, 0, 100)
+        if self.plot:
+            if not self.simulate:
+                raise ValueError("--plot draws what --simulate measures")
+            check_plot(self.plot)
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses what cannot be."""
-    for name, values, low, high in (
-        ("--batch", options.batch, 1, 64),
-        ("--output-len", [options.output_len], 8, 1024),
-        ("--simulate", options.simulate, 0, 100),
-    ):
-        if not all(low <= value <= high for value in values):
-            parser.error(f"{name} must be between {low} and {high}, got {values}")
-    if options.plot:
-        if not options.simulate:
-            parser.error("--plot draws what --simulate measures")
-        try:
-            check_plot(options.plot)
-        except ValueError as error:
-            parser.error(str(error))
-
-
-def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """A row for each number of sequences and kind of text."""
-    draft = loaded.engine_config.draft or "ngram"
+    draft = loaded.spec.config.draft or "ngram"
     # Greedy decoding accepts by both rules the same.
-    rules = RULES if options.temperature > 0 else (loaded.engine_config.verify,)
+    rules = RULES if options.temperature > 0 else (loaded.spec.config.verify,)
     rows = []
     for size in options.batch:
         plain = engine_for(loaded, size, draft=None)
@@ -105,9 +89,9 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             del guessing
         del plain
     figures = describe(loaded) | {
-        "draft": options.draft or draft,
-        "draft_dtype": loaded.draft.dtypes.matrices if loaded.draft else None,
-        "num_drafts": loaded.engine_config.num_drafts,
+        "draft": loaded.options.draft or draft,
+        "draft_dtype": loaded.spec.draft.dtypes.matrices if loaded.spec.draft else None,
+        "num_drafts": loaded.spec.config.num_drafts,
         "verify": rules,
         "temperature": options.temperature,
         "output_len": options.output_len,
@@ -139,14 +123,14 @@ def engine_for(loaded: LoadedModel, size: int, **changes: Any) -> Engine:
     values = {
         "max_num_seqs": size,
         "max_draft_seqs": size,
-        "max_model_len": min(MAX_MODEL_LEN, loaded.engine_config.max_model_len),
+        "max_model_len": min(MAX_MODEL_LEN, loaded.spec.config.max_model_len),
         "prefix_cache": False,
-        "num_draft_layers": loaded.engine_config.num_draft_layers,
+        "num_draft_layers": loaded.spec.config.num_draft_layers,
     } | changes
     if values["draft"] != "layers":
         values["num_draft_layers"] = 0
     # Steps of decodes alone in all sizes, and the largest plain step for prompts.
-    shapes = batch_shapes(dataclasses.replace(loaded.engine_config, **values))
+    shapes = batch_shapes(dataclasses.replace(loaded.spec.config, **values))
     alone = [shape for shape in shapes if not shape.num_tiles]
     largest = [shape for shape in shapes if not shape.num_drafts][-1]
     engine = new_engine(loaded, [*alone, largest], **values)
@@ -167,7 +151,7 @@ def requests_for(
         token_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
     else:
         token_ids = tokenizer.encode(text)
-    room = min(MAX_MODEL_LEN, loaded.engine_config.max_model_len) - output_len
+    room = min(MAX_MODEL_LEN, loaded.spec.config.max_model_len) - output_len
     if room < 1:
         raise ValueError(
             f"--output-len {output_len} leaves no room for a prompt in "
@@ -202,7 +186,7 @@ def compared(plain: Engine, guessing: Engine, requests: list[Request]) -> dict[s
         "ratio": round(after / before, 3),
         "acceptance_rate": round(accepted / drafted, 4) if drafted else None,
         "drafted_tokens": drafted,
-        "tokens_equal": None if sampled and guessing.config.verify == "rejection" else is_same,
+        "tokens_equal": None if sampled and guessing.spec.config.verify == "rejection" else is_same,
     }
 
 
@@ -212,7 +196,7 @@ def drafts_of(measured: Measured) -> tuple[int, int]:
     return sum(o.num_drafted_tokens for o in last), sum(o.num_accepted_tokens for o in last)
 
 
-def simulated(loaded: LoadedModel, options: argparse.Namespace) -> list[dict[str, Any]]:
+def simulated(loaded: LoadedModel, options: Options) -> list[dict[str, Any]]:
     """One sequence, whose tokens are known beforehand and guessed with the accuracy asked for."""
     plain = engine_for(loaded, 1, draft=None)
     text = prompt_texts()["story"]
@@ -221,10 +205,10 @@ def simulated(loaded: LoadedModel, options: argparse.Namespace) -> list[dict[str
     points = []
     for percent in options.simulate:
         known = [*request.prompt_token_ids, *answer]
-        with _guessing(known, percent / 100, loaded.model.vocab_size):
+        with _guessing(known, percent / 100, loaded.spec.model.vocab_size):
             guessing = engine_for(loaded, 1, draft="ngram", adapt_drafts=False)
         found = compared(plain, guessing, [request])
-        num_drafts = loaded.engine_config.num_drafts
+        num_drafts = loaded.spec.config.num_drafts
         expected = sum((percent / 100) ** n for n in range(num_drafts + 1))
         points.append({"percent": percent, "tokens_a_step": round(expected, 3), **found})
         del guessing

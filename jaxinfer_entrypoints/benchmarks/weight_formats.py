@@ -43,18 +43,19 @@ def in_format(loaded: LoadedModel, name: str) -> LoadedModel:
     if name == PLAIN:
         return loaded
     if name in KV_FORMATS:
-        dtypes = dataclasses.replace(loaded.dtypes, kv_cache=KV_FORMATS[name])
-        return dataclasses.replace(loaded, dtypes=dtypes)
+        dtypes = dataclasses.replace(loaded.spec.dtypes, kv_cache=KV_FORMATS[name])
+        return dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, dtypes=dtypes))
     formats = require_stored_formats(loaded.name, loaded.checkpoint) if name == STORED else ()
-    dtypes = dataclasses.replace(loaded.dtypes, quantization=name, matrix_formats=formats)
-    mesh = loaded.engine.mesh
-    _, state = models.abstract(loaded.model, dtypes, mesh)
-    abstract, made = abstract_parameters(state, mesh), quantized_weights(loaded.model, dtypes, mesh)
+    dtypes = dataclasses.replace(loaded.spec.dtypes, quantization=name, matrix_formats=formats)
+    spec = dataclasses.replace(loaded.spec, dtypes=dtypes)
+    _, state = models.abstract(spec.model, dtypes, spec.mesh)
+    abstract = abstract_parameters(state, spec.mesh)
+    made = quantized_weights(spec.model, dtypes, spec.mesh)
     if name == STORED:
         parameters = load_parameters(
-            loaded.checkpoint, abstract, None, num_tensor_devices(mesh), made, stored=True
+            loaded.checkpoint, abstract, None, num_tensor_devices(spec.mesh), made, stored=True
         )
-        return dataclasses.replace(loaded, dtypes=dtypes, parameters=parameters)
+        return dataclasses.replace(loaded, spec=spec, parameters=parameters)
 
     def quantize(tree: Any, path: tuple[Any, ...]) -> Any:
         if path in made:
@@ -64,7 +65,7 @@ def in_format(loaded: LoadedModel, name: str) -> LoadedModel:
         return tree
 
     parameters = jax.tree.map(place, quantize(loaded.parameters, ()), abstract)
-    return dataclasses.replace(loaded, dtypes=dtypes, parameters=parameters)
+    return dataclasses.replace(loaded, spec=spec, parameters=parameters)
 
 
 def weight_bytes(parameters: Parameters) -> int:
@@ -114,7 +115,7 @@ def compare_formats(
         nll = quality.nll / quality.num_tokens
         rows.append(
             {
-                "weights": loaded.dtypes.weights if name == PLAIN else name,
+                "weights": loaded.spec.dtypes.weights if name == PLAIN else name,
                 "weight_mib": round(num_bytes / 2**20, 1),
                 "of_plain": round(num_bytes / plain_bytes, 4),
                 "nll": nll,
@@ -171,12 +172,12 @@ def _compare(
 
 def _rates(variant: LoadedModel) -> dict[str, float]:
     """Decoded tokens a second, by the number of sequences."""
-    tiles, rows = variant.engine_config.tile_counts[-1], (8, max(BATCHES))
+    tiles, rows = variant.spec.config.tile_counts[-1], (8, max(BATCHES))
     shapes = [*(BatchShape(n, 0) for n in rows), BatchShape(rows[-1], tiles)]
     engine = new_engine(variant, shapes, max_num_seqs=rows[-1])
     rates = {}
     for size in BATCHES:
-        prompts = random_prompts(variant.model.vocab_size, [PROMPT_TOKENS] * size)
+        prompts = random_prompts(variant.spec.model.vocab_size, [PROMPT_TOKENS] * size)
         measure(engine, requests_of(prompts, 4))
         measured = measure(engine, requests_of(prompts, NEW_TOKENS))
         rate = measured.decode_tokens / measured.decode_seconds
@@ -191,15 +192,15 @@ def _logits(
     overlap, as ``evaluate.py`` has them.
     """
     config = dataclasses.replace(
-        variant.engine_config,
+        variant.spec.config,
         max_num_seqs=1,
-        max_num_batched_tokens=TILES * variant.engine_config.chunk_tile,
-        num_pages=variant.engine_config.max_pages_per_sequence,
+        max_num_batched_tokens=TILES * variant.spec.config.chunk_tile,
+        num_pages=variant.spec.config.max_pages_per_sequence,
     )
     shape, size = BatchShape(8, TILES), config.max_num_batched_tokens
     program = _program(variant, config, shape)
     packer, window = Packer(config), config.max_model_len - 1
-    abstract = abstract_state(variant.model, config, variant.dtypes, variant.engine.mesh)
+    abstract = abstract_state(dataclasses.replace(variant.spec, config=config, draft=None))
     state = jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
@@ -227,9 +228,9 @@ def _logits(
 
 def _program(variant: LoadedModel, config: EngineConfig, shape: BatchShape) -> Any:
     """(parameters, state, packed) -> the state, and the logits of all prompt rows."""
-    dtypes: DtypePolicy = variant.dtypes
-    mesh = variant.engine.mesh
-    graph, _ = models.abstract(variant.model.served(config.max_model_len), dtypes, mesh)
+    dtypes: DtypePolicy = variant.spec.dtypes
+    mesh = variant.engine.spec.mesh
+    graph, _ = models.abstract(variant.spec.model.served(config.max_model_len), dtypes, mesh)
 
     def run(parameters: Any, state: StepState, packed: jax.Array) -> Any:
         model = nnx.merge(graph, parameters)

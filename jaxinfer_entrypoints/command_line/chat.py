@@ -1,16 +1,16 @@
-"""The command line of chat.py: what every message is sent with, checked before there is one."""
+"""The command line of chat.py: options of every message, checked before there is one."""
 
 import argparse
 from typing import Any, cast
 
+from jaxinfer.request import SAMPLING_OPTIONS
 from jaxinfer_entrypoints.command_line.address import add_address_option
 from jaxinfer_entrypoints.command_line.sampling import (
-    BY_MODEL,
     add_sampling_options,
     checked_text_options,
     sampling_params,
 )
-from serving.client.events import GenerateOptions, Message
+from serving.client.options import GenerateOptions, Message
 from serving.client.requests import generate_request
 
 
@@ -37,15 +37,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def generate_options(options: argparse.Namespace) -> GenerateOptions:
-    """What every request asks for; raises ``ValueError`` for what no server could take.
+    """Returns what every request asks for; raises ``ValueError`` for what no server could take.
 
     What no flag says is left out: the server knows the model's defaults.
     """
     sampling, text_options = sampling_params(options), checked_text_options(options)
-    wanted: dict[str, Any] = {name: getattr(options, name) for name in BY_MODEL}
+    wanted: dict[str, Any] = {
+        option.name: getattr(options, option.name) for option in SAMPLING_OPTIONS
+    }
     wanted |= {
-        "presence_penalty": sampling.presence_penalty or None,
-        "frequency_penalty": sampling.frequency_penalty or None,
         "logit_bias": dict(sampling.logit_bias),
         "seed": options.seed,
         "max_tokens": options.max_tokens,

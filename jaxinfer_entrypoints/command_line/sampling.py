@@ -3,26 +3,21 @@
 import argparse
 from dataclasses import replace
 
-from jaxinfer.request import LIMITS, SamplingParams
-from serving.rpc.validate import check_stop
-from serving.text.output_text import TextOptions
-
-# What a model may come with defaults for.
-BY_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, SamplingParams
+from serving.text.output_text import TextOptions, check_stop
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen, when that ends, and what is told of it."""
+    """Adds flags for the choice of tokens, for the end of the text and for the output."""
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    model = "default: as the model's generation_config.json says, else"
-    add("--temperature", type=float, help=f"0 is greedy ({model} 0)")
-    add("--top-k", type=int, help=f"0 is off ({model} 0)")
-    add("--top-p", type=float, help=f"1 is off ({model} 1)")
-    add("--min-p", type=float, help=f"0 is off ({model} 0)")
-    add("--repetition-penalty", type=float, help=f"1 is off ({model} 1)")
-    add("--presence-penalty", type=float, default=0.0, help="0 is off (default)")
-    add("--frequency-penalty", type=float, default=0.0, help="0 is off (default)")
+    for option in SAMPLING_OPTIONS:
+        default = "default"
+        if option.has_model_default:
+            default = "default: as the model's generation_config.json says, else"
+            default += f" {option.default:g}"
+        flag = f"--{option.name.replace('_', '-')}"
+        add(flag, type=option.kind, help=f"{option.neutral} ({default})")
     add(
         "--logit-bias",
         type=parse_bias,
@@ -56,7 +51,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_bias(argument: str) -> tuple[int, float]:
-    """ID=VALUE."""
+    """Reads ID=VALUE."""
     token_id, _, value = argument.partition("=")
     try:
         return int(token_id), float(value)
@@ -67,33 +62,30 @@ def parse_bias(argument: str) -> tuple[int, float]:
 def sampling_params(
     options: argparse.Namespace, defaults: SamplingParams | None = None
 ) -> SamplingParams:
-    """The sampling asked for, and what is not as in ``defaults``.
+    """Returns the sampling asked for; what is not asked for is as in ``defaults``.
 
     Without a seed where one is to be chosen for each prompt.
     """
-    given = {name: getattr(options, name) for name in BY_MODEL}
+    given = {option.name: getattr(options, option.name) for option in SAMPLING_OPTIONS}
     return replace(
         defaults or SamplingParams(),
         **{name: value for name, value in given.items() if value is not None},
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
         logit_bias=tuple(options.logit_bias),
         seed=options.seed or 0,
     )
 
 
 def describe_sampling(sampling: SamplingParams) -> str:
-    """What of ``sampling`` is not off, such as "temperature 0.7, top_p 0.8"."""
-    off = SamplingParams()
+    """Returns a model's defaults that are not off, such as "temperature 0.7"."""
     return ", ".join(
-        f"{name} {getattr(sampling, name):g}"
-        for name in BY_MODEL
-        if getattr(sampling, name) != getattr(off, name)
+        f"{option.name} {getattr(sampling, option.name):g}"
+        for option in SAMPLING_OPTIONS
+        if option.has_model_default and getattr(sampling, option.name) != option.default
     )
 
 
 def checked_text_options(options: argparse.Namespace) -> TextOptions:
-    """How the text is asked for."""
+    """Returns the wishes for the text. Raises ``ValueError`` for those out of range."""
     check_stop(options.stop)
     for name in ("min_tokens", "n", "logprobs", "prompt_logprobs"):
         value = getattr(options, name)

@@ -1,9 +1,8 @@
-"""Which devices there are and what would fit: what doctor.py runs in a process of its own.
+"""Devices, and what would fit on them: doctor.py runs this in a process of its own.
 
 Looking for devices may hang or end the process, so it is done in one that can be given up.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ import jax
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.kv_cache import page_bytes
 from jaxinfer.sharding import Device, make_mesh
-from jaxinfer_entrypoints.loading.assembly import DEFAULT_MODEL, add_engine_options
+from jaxinfer_entrypoints.command_line.engine import parse_load_options
 from jaxinfer_entrypoints.loading.devices import pick_devices
+from jaxinfer_entrypoints.loading.options import DEFAULT_MODEL, LoadOptions
 from jaxinfer_entrypoints.loading.sizes import engine_config
 from jaxinfer_entrypoints.memory.plan import parameter_bytes
 from jaxinfer_entrypoints.memory.usage import free_bytes
@@ -78,9 +78,7 @@ SHAPES = {
 
 def main() -> None:
     """Prints one line of JSON; ``error`` is in it where no device was found."""
-    parser = argparse.ArgumentParser(description="Devices and what would fit, as JSON.")
-    add_engine_options(parser)
-    options = parser.parse_args()
+    options = parse_load_options("Devices and what would fit, as JSON.")
     try:
         first = pick_devices(options)[0]
     except (ValueError, RuntimeError) as error:
@@ -101,7 +99,7 @@ def describe(device: Device) -> dict[str, Any]:
     }
 
 
-def fits(devices: Sequence[Device], options: argparse.Namespace) -> list[dict[str, Any]]:
+def fits(devices: Sequence[Device], options: LoadOptions) -> list[dict[str, Any]]:
     """Every shape in both dtypes, that of the platform first, on one device and on all."""
     dtypes = ["float32", "bfloat16"]
     if devices[0].platform != "cpu":
@@ -116,7 +114,7 @@ def fits(devices: Sequence[Device], options: argparse.Namespace) -> list[dict[st
 
 
 def fit(
-    model: ModelConfig, dtype: str, devices: Sequence[Device], options: argparse.Namespace
+    model: ModelConfig, dtype: str, devices: Sequence[Device], options: LoadOptions
 ) -> dict[str, Any]:
     """Bytes and tokens, by the arithmetic that a start uses; nothing is allocated.
 

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of a machine.
+"""Facts of a machine for a bug report.
 
 Imports only the standard library at first: the doctor must run where the packages do not.
 """
@@ -39,7 +39,7 @@ PORT_SECONDS = 3.0
 
 
 def versions() -> dict[str, Any]:
-    """Of jaxinfer, its commit where this is a checkout, the system and Python."""
+    """Returns the versions of jaxinfer, its commit in a checkout, the system and Python."""
     return {
         "jaxinfer": _version("jaxinfer"),
         "commit": _commit(),
@@ -81,7 +81,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of this very checkout, "changed" where files differ; None in an installation."""
+    """Returns this checkout's commit, "changed" where files differ; None in an installation."""
     if not (ROOT / ".git").exists():  # or the commit would be that of a folder around it
         return None
     git = ["git", "-C", str(ROOT)]
@@ -91,7 +91,7 @@ def _commit() -> str | None:
 
 
 def run_tool(command: list[str]) -> str | None:
-    """What a program printed; None where it is not there, fails or takes too long."""
+    """Returns what a program printed; None where it is not there, fails or takes too long."""
     try:
         result = subprocess.run(
             command,
@@ -115,7 +115,7 @@ def nvidia_gpus() -> list[str]:
 
 
 def cores() -> dict[str, int | None]:
-    """Of the machine, and those that this process may use."""
+    """Counts the machine's cores, and those that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {"total": os.cpu_count(), "usable": usable}
 
@@ -140,7 +140,7 @@ def host_memory() -> dict[str, int | None]:
 
 
 def caches() -> dict[str, dict[str, Any]]:
-    """Where compiled programs and models are kept, and how much that is."""
+    """Finds where compiled programs and models are kept, and how much that is."""
     from checkpoints.fetch.catalog import cache_folder, user_cache_folder
 
     models, programs = cache_folder(), user_cache_folder() / "xla"
@@ -181,7 +181,7 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def port() -> dict[str, Any]:
-    """What listens where a server would: ``state`` is free, jaxinfer, loading, taken or unknown."""
+    """Asks what listens where a server would: free, jaxinfer, loading, taken or unknown."""
     from serving.client import DEFAULT_TARGET, Client, ServerError
 
     host, _, number = DEFAULT_TARGET.rpartition(":")

@@ -1,4 +1,4 @@
-"""What is wrong with a machine, and what to do: reads the doctor's report."""
+"""Problems of a machine, and what to do: reads the doctor's report."""
 
 import sys
 from collections.abc import Iterator

@@ -3,7 +3,6 @@
 The TPU's own compiler says what each chip would hold, beside what was planned.
 """
 
-import argparse
 import dataclasses
 import re
 import signal
@@ -16,6 +15,7 @@ from jaxinfer.engine import Engine
 from jaxinfer_entrypoints.fit.roofline import Roofline
 from jaxinfer_entrypoints.fit.what_fits import refusal
 from jaxinfer_entrypoints.loading.assembly import Plan, plan_model
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.loading.sizes import DoesNotFitError
 from jaxinfer_entrypoints.machine.tpu_targets import TpuGeneration, generation_of_kind, parse_target
@@ -27,7 +27,7 @@ LENGTH = 1024
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What was planned and what the compiler says, bytes on each chip.
+    """The plan beside what the compiler says, bytes on each chip.
 
     ``seconds`` of tracing and compiling all programs.
     """
@@ -63,7 +63,7 @@ class CompileReport:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the programs call a kernel of ours; plain XLA otherwise."""
+        """True where the programs call a kernel of ours; plain XLA otherwise."""
         program = next(iter(self.engine.programs.values()))
         return "tpu_custom_call" in program.as_text()
 
@@ -73,13 +73,15 @@ class CompileReport:
         return generation_of_kind(self.plan.devices[0].device_kind)
 
 
-def compile_only(options: argparse.Namespace, phases: Phases) -> None:
+def compile_only(options: LoadOptions, phases: Phases) -> None:
     """Compiles every program for ``options.tpu`` and prints what each chip would hold.
 
     Raises ``ValueError`` in one line where it does not fit: why, and what would.
     """
     # What the compiler has begun it ends before Python would hear of a Ctrl-C: minutes.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if options.tpu is None:
+        raise ValueError("compile_only needs the name of a TPU as device, such as v5e-8")
     target = parse_target(options.tpu)
     try:
         plan = plan_model(options, phases, needs_weights=False)
@@ -88,8 +90,8 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
             raise
         flags = _dividing_flags(options)
         raise ValueError(refusal(options.model, target, error, flags)) from error
-    title = f"{options.model} in {plan.dtypes.matrices} on {target.name}"
-    memory = plan_memory(plan.model, plan.config, plan.dtypes, plan.mesh, plan.draft)
+    title = f"{options.model} in {plan.spec.dtypes.matrices} on {target.name}"
+    memory = plan_memory(plan.spec)
     limit = generation_of_kind(plan.devices[0].device_kind).hbm_bytes
     if memory.total > limit:
         raise ValueError(
@@ -97,10 +99,10 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
             f"{memory.kv_pages / MIB:.0f} MiB of KV pages; a program may use {limit / MIB:.0f} "
             f"MiB: lower --kv-memory"
         )
-    engine = Engine(plan.model, plan.config, plan.dtypes, plan.mesh, plan.draft)
+    engine = Engine(plan.spec)
     begun = time.perf_counter()
     try:
-        with phases.phase("compile", unit="programs") as progress, jax.set_mesh(plan.mesh):
+        with phases.phase("compile", unit="programs") as progress, jax.set_mesh(plan.spec.mesh):
             engine.compile(progress)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"{title}: the compiler says: {_reason(error)}") from error
@@ -116,8 +118,8 @@ def compile_only(options: argparse.Namespace, phases: Phases) -> None:
 
 def describe(report: CompileReport) -> str:
     """The tables: memory of a chip, what the KV cache holds, and the estimate of speed."""
-    plan, config = report.plan, report.plan.config
-    num_chips, replicas = plan.mesh.size, len(plan.devices) // plan.mesh.size
+    plan, config = report.plan, report.plan.spec.config
+    num_chips, replicas = plan.spec.mesh.size, len(plan.devices) // plan.spec.mesh.size
     lines = [
         f"{report.name}: {replicas} x {num_chips} chips with {report.chip.hbm_bytes / MIB:.0f} MiB "
         f"for a program on each; attention: {'TPU kernel' if report.has_kernel else 'plain XLA'}",
@@ -136,8 +138,8 @@ def describe(report: CompileReport) -> str:
     return "\n".join([*lines, *_speed_lines(report)])
 
 
-def _dividing_flags(options: argparse.Namespace) -> str:
-    """What the user said of how the chips are divided, as it was typed."""
+def _dividing_flags(options: LoadOptions) -> str:
+    """Returns what the user said of how the chips are divided, as it was typed."""
     flags = []
     if options.tensor_parallel is not None:
         flags.append(f"--tensor-parallel {options.tensor_parallel}")
@@ -147,11 +149,11 @@ def _dividing_flags(options: argparse.Namespace) -> str:
 
 
 def _memory_lines(report: CompileReport) -> list[str]:
-    config = report.plan.config
+    config = report.plan.spec.config
     notes = {
-        "weights": report.plan.dtypes.matrices,
+        "weights": report.plan.spec.dtypes.matrices,
         "kv_pages": f"{config.num_pages} of {config.page_size} tokens, "
-        f"{report.plan.dtypes.kv_cache}",
+        f"{report.plan.spec.dtypes.kv_cache}",
         "slots": f"of {config.max_num_seqs} sequences, and a step's rows",
         "temporaries": "of the largest program",
         "code": f"of {len(report.engine.programs)} programs",
@@ -175,11 +177,11 @@ def _memory_lines(report: CompileReport) -> list[str]:
 
 def _speed_lines(report: CompileReport) -> list[str]:
     plan, peaks = report.plan, report.chip
-    model = Roofline(plan.model, plan.config, plan.dtypes, plan.mesh, peaks)
-    length = min(LENGTH, plan.config.max_model_len)
-    fitting = plan.config.num_pages * plan.config.page_size // length
+    model = Roofline(plan.spec, peaks)
+    length = min(LENGTH, plan.spec.config.max_model_len)
+    fitting = plan.spec.config.num_pages * plan.spec.config.page_size // length
     rates = []
-    for count in sorted({1, min(plan.config.max_num_seqs, max(1, fitting))}):
+    for count in sorted({1, min(plan.spec.config.max_num_seqs, max(1, fitting))}):
         seconds = model.decode_seconds(count, length)
         rates.append(f"{count / seconds:.0f} tok/s ({count} x {length} tokens)")
     return [

@@ -1,4 +1,4 @@
-"""Which array lies where, as text: what ``serve.py --explain-sharding`` prints."""
+"""The table of arrays and where they lie that ``serve.py --explain-sharding`` prints."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def explain_sharding(plan: Plan) -> str:
 
     Equal arrays of several layers are one line. Temporaries are not in it: nothing is compiled.
     """
-    model, num_devices = plan.model, num_tensor_devices(plan.mesh)
+    model, num_devices = plan.spec.model, num_tensor_devices(plan.spec.mesh)
     sections = {
         "parameters": list(_parameters(plan)),
         "KV pages": list(_kv_pages(plan)),
@@ -63,10 +63,10 @@ def explain_sharding(plan: Plan) -> str:
 
 def _parameters(plan: Plan) -> Iterator[Array]:
     """By their own declarations, made for this mesh and for one device."""
-    _, state = models.abstract(plan.model, plan.dtypes, plan.mesh)
-    _, logical = models.abstract(plan.model, plan.dtypes)
+    _, state = models.abstract(plan.spec.model, plan.spec.dtypes, plan.spec.mesh)
+    _, logical = models.abstract(plan.spec.model, plan.spec.dtypes)
     declared, logical = dict(nnx.to_flat_state(state)), dict(nnx.to_flat_state(logical))
-    for entries, leaf in jax.tree.leaves_with_path(abstract_parameters(state, plan.mesh)):
+    for entries, leaf in jax.tree.leaves_with_path(abstract_parameters(state, plan.spec.mesh)):
         path = tuple(entry.key for entry in entries)
         axes = declared[path].get_metadata().get("out_sharding") or ()
         name = ".".join(str(key) for key in path)
@@ -75,7 +75,7 @@ def _parameters(plan: Plan) -> Iterator[Array]:
 
 def _kv_pages(plan: Plan) -> Iterator[Array]:
     logical = _abstract_state(plan, make_mesh(plan.devices[:1])).kv_pages
-    physical = _abstract_state(plan, plan.mesh).kv_pages
+    physical = _abstract_state(plan, plan.spec.mesh).kv_pages
     for layer, (ours, theirs) in enumerate(zip(physical, logical, strict=True)):
         fields = jax.tree.leaves_with_path(ours)
         for ((field,), pages), one in zip(fields, jax.tree.leaves(theirs), strict=True):
@@ -85,7 +85,7 @@ def _kv_pages(plan: Plan) -> Iterator[Array]:
 
 def _step_state(plan: Plan) -> Iterator[Array]:
     """Everything but the pages; every device has all of it."""
-    state = _abstract_state(plan, plan.mesh)
+    state = _abstract_state(plan, plan.spec.mesh)
     for field in dataclasses.fields(state):
         if field.name not in ("kv_pages", "draft_kv_pages"):
             leaf = getattr(state, field.name)
@@ -93,7 +93,7 @@ def _step_state(plan: Plan) -> Iterator[Array]:
 
 
 def _abstract_state(plan: Plan, mesh: Mesh) -> StepState:
-    return abstract_state(plan.model, plan.config, plan.dtypes, mesh)
+    return abstract_state(dataclasses.replace(plan.spec, mesh=mesh))
 
 
 def _array(name: str, logical: tuple[int, ...], leaf: Any, axes: Sequence[str | None]) -> Array:

@@ -4,9 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import page_bytes
 from jaxinfer.sharding import physical_model
 from jaxinfer_entrypoints.machine.tpu_targets import TpuGeneration
@@ -21,10 +20,7 @@ class Roofline:
     peaks. Real ones are slower (Williams, Waterman and Patterson 2009).
     """
 
-    model: ModelConfig
-    config: EngineConfig
-    dtypes: DtypePolicy
-    mesh: Mesh
+    spec: EngineSpec
     peaks: TpuGeneration
 
     def decode_seconds(self, num_sequences: int, length: int) -> float:
@@ -34,7 +30,7 @@ class Roofline:
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """A prompt of ``num_tokens``, alone, in chunks of ``max_num_batched_tokens``."""
-        seconds, chunk = 0.0, self.config.max_num_batched_tokens
+        seconds, chunk = 0.0, self.spec.config.max_num_batched_tokens
         for start in range(0, num_tokens, chunk):
             rows = min(chunk, num_tokens - start)
             num_bytes = self._weight_bytes(rows) + (start + rows) * self._token_bytes()
@@ -50,12 +46,15 @@ class Roofline:
         )
 
     def _weight_bytes(self, rows: float) -> float:
-        """What a step of ``rows`` reads of a chip's weights, as if experts were chosen evenly.
+        """Counts what a step of ``rows`` reads of a chip's weights, experts chosen evenly.
 
         All but an embedding table, of which few rows, and experts that no row wants.
         """
-        read = parameter_bytes(self.model, self.dtypes, self.mesh) - self._embedding_bytes()
-        if not self.model.num_experts:
+        read = (
+            parameter_bytes(self.spec.model, self.spec.dtypes, self.spec.mesh)
+            - self._embedding_bytes()
+        )
+        if not self.spec.model.num_experts:
             return read
         unwanted = (1 - self._chosen) ** rows
         return read - unwanted * self._expert_bytes()
@@ -63,46 +62,49 @@ class Roofline:
     @property
     def _chosen(self) -> float:
         """The part of the experts that a token takes."""
-        return self.model.num_experts_per_tok / self.model.num_experts
+        return self.spec.model.num_experts_per_tok / self.spec.model.num_experts
 
     def _expert_bytes(self) -> float:
-        """Of all experts, on one chip."""
-        physical = physical_model(self.model, self.mesh.size)
+        """Counts the bytes of all experts on one chip."""
+        physical = physical_model(self.spec.model, self.spec.mesh.size)
         size = 3 * physical.hidden_size * physical.intermediate_size * physical.num_experts
-        return physical.num_hidden_layers * size * self._itemsize / self.mesh.size
+        return physical.num_hidden_layers * size * self._itemsize / self.spec.mesh.size
 
     def _embedding_bytes(self) -> float:
-        if self.model.tie_word_embeddings:
+        if self.spec.model.tie_word_embeddings:
             return 0
-        physical = physical_model(self.model, self.mesh.size)
-        size = physical.vocab_size * physical.hidden_size // self.mesh.size
+        physical = physical_model(self.spec.model, self.spec.mesh.size)
+        size = physical.vocab_size * physical.hidden_size // self.spec.mesh.size
         return size * self._itemsize
 
     @property
     def _itemsize(self) -> float:
         """Bytes of a matrix's number, its part of the scales included."""
-        plain = dataclasses.replace(self.dtypes, quantization=None, matrix_formats=())
-        whole = parameter_bytes(self.model, plain, self.mesh)
-        own = parameter_bytes(self.model, self.dtypes, self.mesh)
-        return own / whole * jnp.dtype(self.dtypes.weights).itemsize
+        plain = dataclasses.replace(self.spec.dtypes, quantization=None, matrix_formats=())
+        whole = parameter_bytes(self.spec.model, plain, self.spec.mesh)
+        own = parameter_bytes(self.spec.model, self.spec.dtypes, self.spec.mesh)
+        return own / whole * jnp.dtype(self.spec.dtypes.weights).itemsize
 
     def _token_bytes(self) -> float:
         """Keys and values of one token on one chip."""
         size = page_bytes(
-            self.model,
-            self.config.page_size,
-            self.dtypes.kv_cache,
-            self.mesh,
-            self.config.attention,
+            self.spec.model,
+            self.spec.config.page_size,
+            self.spec.dtypes.kv_cache,
+            self.spec.mesh,
+            self.spec.config.attention,
         )
-        return size / self.config.page_size / self.mesh.size
+        return size / self.spec.config.page_size / self.spec.mesh.size
 
     def _flops_of_token(self, length: float) -> float:
         """Multiplications and additions of a token that sees ``length`` others, on one chip."""
-        physical = physical_model(self.model, self.mesh.size)
-        read = parameter_bytes(self.model, self.dtypes, self.mesh) - self._embedding_bytes()
-        if self.model.num_experts:
+        physical = physical_model(self.spec.model, self.spec.mesh.size)
+        read = (
+            parameter_bytes(self.spec.model, self.spec.dtypes, self.spec.mesh)
+            - self._embedding_bytes()
+        )
+        if self.spec.model.num_experts:
             read -= (1 - self._chosen) * self._expert_bytes()
         products = 2 * read / self._itemsize
-        heads = physical.num_attention_heads * physical.head_dim / self.mesh.size
+        heads = physical.num_attention_heads * physical.head_dim / self.spec.mesh.size
         return products + 4 * length * heads * physical.num_hidden_layers

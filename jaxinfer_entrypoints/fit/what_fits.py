@@ -1,11 +1,10 @@
-"""Where a model that does not fit would, by arithmetic."""
+"""Places where a model that does not fit would, by arithmetic."""
 
 import dataclasses
 from collections.abc import Iterator
 
-from jax.sharding import Mesh
-
-from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import can_divide_heads, make_mesh
 from jaxinfer_entrypoints.loading.sizes import TPU_KV_FRACTION, DoesNotFitError
 from jaxinfer_entrypoints.machine.tpu_targets import GENERATIONS, TpuGeneration, TpuTarget
@@ -19,12 +18,13 @@ SMALLER = "int8"
 
 
 def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "") -> str:
-    """Why the model called ``name`` does not fit ``target``, and what would, in one line.
+    """Says why the model called ``name`` does not fit ``target``, and what would, in one line.
 
     ``flags``: those of the user's that divide the target's chips in another way than the default.
     """
-    model, config, dtypes, mesh = error.model, error.config, error.dtypes, error.mesh
-    plan = smallest_plan(model, config, dtypes, mesh, error.draft)
+    spec = error.spec
+    config, dtypes = spec.config, spec.dtypes
+    plan = smallest_plan(spec)
     generation = target.generation
     left = generation.hbm_bytes - plan.total + plan.kv_pages + plan.page_copies
     missing = "nothing" if left <= 0 else f"{left / MIB:.0f} MiB"
@@ -38,7 +38,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     others = [other for other in GENERATIONS.values() if other is not generation]
     found = []
     for candidate in (generation, *others):
-        fitting = smallest_slice(model, config, dtypes, candidate, error.draft)
+        fitting = smallest_slice(spec, candidate)
         if fitting is None:
             continue
         if (
@@ -54,7 +54,8 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
     if shorter >= SHORTEST:
         found.append(f"{target.name} with --max-model-len {shorter}")
     for smaller, named in _smaller(dtypes):
-        if smallest_plan(model, config, smaller, mesh, error.draft).total <= generation.hbm_bytes:
+        smaller_spec = dataclasses.replace(spec, dtypes=smaller)
+        if smallest_plan(smaller_spec).total <= generation.hbm_bytes:
             found.append(f"{target.name} with {named}")
             break  # what loses least
     return f"{reason}. It would fit {', or '.join(found) or 'no TPU that is known here'}"
@@ -73,32 +74,20 @@ def _smaller(dtypes: DtypePolicy) -> Iterator[tuple[DtypePolicy, str]]:
             yield both, f"--quantize {SMALLER} --kv-dtype {SMALLER}"
 
 
-def smallest_plan(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    mesh: Mesh,
-    draft: DraftModel | None = None,
-) -> MemoryPlan:
+def smallest_plan(spec: EngineSpec) -> MemoryPlan:
     """The plan with pages for one sequence of ``max_model_len``: what fits holds at least this."""
-    smallest = dataclasses.replace(config, num_pages=config.max_pages_per_sequence)
-    return plan_memory(model, smallest, dtypes, mesh, draft)
+    smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
+    return plan_memory(dataclasses.replace(spec, config=smallest))
 
 
-def smallest_slice(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    generation: TpuGeneration,
-    draft: DraftModel | None = None,
-) -> TpuTarget | None:
+def smallest_slice(spec: EngineSpec, generation: TpuGeneration) -> TpuTarget | None:
     """The fewest chips that the model can be divided over and fits, None without any."""
     for num_chips in generation.slices:
-        models = (model, draft.model) if draft else (model,)
+        models = (spec.model, spec.draft.model) if spec.draft else (spec.model,)
         if all(can_divide_heads(model, num_chips) for model in models):
             target = TpuTarget(generation, num_chips)
             mesh = make_mesh(topology_devices(target))
-            plan = smallest_plan(model, config, dtypes, mesh, draft)
+            plan = smallest_plan(dataclasses.replace(spec, mesh=mesh))
             if plan.total <= generation.hbm_bytes:
                 return target
     return None

@@ -1,8 +1,6 @@
-"""From command-line options to an engine with a model in it: what every script starts with."""
+"""From options to an engine with a model in it: every program's first step."""
 
-import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ from checkpoints.fetch.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import STORED, DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import STORED, DraftModel, DtypePolicy, ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import (
@@ -31,40 +30,29 @@ from jaxinfer.sharding import (
     place,
 )
 from jaxinfer.step import Parameters
-from jaxinfer_entrypoints.command_line.draft import (
-    add_draft_options,
-    check_vocabulary,
-    draft_kind,
-    draft_model_options,
-)
-from jaxinfer_entrypoints.loading.devices import add_platform_options, pick_devices
-from jaxinfer_entrypoints.loading.dtypes import add_format_options, describe_rounding, pick_dtypes
+from jaxinfer_entrypoints.loading.devices import pick_devices
+from jaxinfer_entrypoints.loading.draft import check_vocabulary, draft_kind
+from jaxinfer_entrypoints.loading.dtypes import describe_rounding, pick_dtypes
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
-from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN, engine_config
+from jaxinfer_entrypoints.loading.sizes import engine_config
 from jaxinfer_entrypoints.memory.peak import PeakMemory
-from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 from serving.text.tokenizer import Tokenizer
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 PickShapes = Callable[[Engine, Tokenizer, SamplingParams], Sequence[BatchShape] | None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be loaded where, with which sizes; nothing is allocated yet.
+    """A model to load, its sizes and its devices; nothing is allocated yet.
 
     ``checkpoint`` is None where a configuration without weights was asked for. ``devices``: of all
-    replicas; ``mesh``: those of the first one. ``draft`` guesses where a model was asked to.
+    replicas; ``spec`` has those of the first one.
     """
 
     checkpoint: Checkpoint | None
-    model: ModelConfig
-    config: EngineConfig
-    dtypes: DtypePolicy
+    spec: EngineSpec
     devices: list[Device]
-    mesh: Mesh
-    draft: DraftModel | None = None
     draft_checkpoint: Checkpoint | None = None
 
 
@@ -76,112 +64,16 @@ class LoadedModel:
     ``default_sampling``: where nobody says how.
     """
 
+    options: LoadOptions
     name: str
-    model: ModelConfig
+    spec: EngineSpec
     engine: Engine
-    engine_config: EngineConfig
-    dtypes: DtypePolicy
     tokenizer: Tokenizer
     default_sampling: SamplingParams
     devices: list[Device]
     parameters: Parameters
     checkpoint: Checkpoint
-    draft: DraftModel | None = None
     draft_parameters: Parameters | None = None
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Options that decide which model runs where and with which sizes."""
-    defaults = EngineConfig()
-    add_platform_options(parser)
-    group = parser.add_argument_group("model and engine")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="a GGUF file, a folder as on the Hugging Face hub or of convert.py, a model of the "
-        "hub itself (org/name[@revision][:file.gguf]), or one of: "
-        f"{', '.join(sorted(CATALOG))} (default: %(default)s); where no weights are needed also "
-        f"one of: {', '.join(configured_models())}",
-    )
-    group.add_argument(
-        "--no-generation-config",
-        dest="generation_config",
-        action="store_false",
-        help="greedy by default, whatever the model's generation_config.json says",
-    )
-    group.add_argument(
-        "--tensor-parallel",
-        type=parse_count,
-        metavar="N",
-        help="devices that share each layer of a model (default: 1; with --tpu as many of its "
-        "chips as the model's heads can be divided over)",
-    )
-    parser.set_defaults(data_parallel=1)
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="weights, activations and KV cache (default: float32 on CPU, else bfloat16)",
-    )
-    add_format_options(group)
-    group.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=defaults.max_num_seqs,
-        help="sequences that run at once (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=defaults.max_num_batched_tokens,
-        help=f"prompt tokens of one step, a multiple of {defaults.chunk_tile} "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-model-len",
-        type=int,
-        help=f"longest prompt plus output, in tokens (default: the model's context, "
-        f"at most {DEFAULT_MAX_MODEL_LEN})",
-    )
-    group.add_argument(
-        "--page-size", type=int, help="tokens a KV page (default: 16 on CPU, 64 on GPU, 128 on TPU)"
-    )
-    group.add_argument(
-        "--max-steps-per-call",
-        type=int,
-        help="decode steps that run in one call while nobody waits: more tokens at once, less "
-        "often (default: 1 on CPU, else 4)",
-    )
-    add_draft_options(group)
-    group.add_argument(
-        "--priority-seconds",
-        type=float,
-        default=defaults.priority_seconds,
-        help="how much longer a request waits than one of the next higher priority before it goes "
-        "first all the same (default: %(default)s)",
-    )
-    group.add_argument(
-        "--no-prefix-cache",
-        dest="prefix_cache",
-        action="store_false",
-        help="share no pages between requests; choices of one request still do",
-    )
-    group.add_argument(
-        "--no-batch-invariance",
-        dest="batch_invariant",
-        action="store_false",
-        help="faster kernels on CPU, with which tokens may depend on what else is being served",
-    )
-    group.add_argument(
-        "--attention",
-        choices=list(IMPLEMENTATIONS),
-        help="backend of the attention (default: the TPU kernel on TPU, else plain XLA)",
-    )
-    group.add_argument(
-        "--kv-memory",
-        type=parse_bytes,
-        help="memory of the KV cache on all devices of a replica, such as 512MiB or 4GiB (default: "
-        "of what the model leaves free, 80 %% on accelerators, half on CPU but at most 1GiB)",
-    )
 
 
 def largest_shape(engine: Engine, *_: object) -> Sequence[BatchShape]:
@@ -190,7 +82,7 @@ def largest_shape(engine: Engine, *_: object) -> Sequence[BatchShape]:
 
 
 def load_model(
-    options: argparse.Namespace, phases: Phases, pick_shapes: PickShapes | None = None
+    options: LoadOptions, phases: Phases, pick_shapes: PickShapes | None = None
 ) -> LoadedModel:
     """Fetches, loads and compiles what ``options`` ask for.
 
@@ -201,24 +93,25 @@ def load_model(
     Raises ``ValueError`` in one line for anything a user can mend.
     """
     plan = plan_model(options, phases)
-    checkpoint, config = plan.checkpoint, plan.config
+    checkpoint, spec = plan.checkpoint, plan.spec
+    config = spec.config
     assert checkpoint is not None
     with phases.phase("tokenizer"):
         tokenizer = _build_tokenizer(options.model, checkpoint)
     sampling = checkpoint.default_sampling if options.generation_config else SamplingParams()
-    engine = Engine(checkpoint.model, config, plan.dtypes, plan.mesh, plan.draft)
+    engine = Engine(spec)
     shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
     parameters = _load(
-        phases, "load", checkpoint, plan.dtypes, plan.mesh, engine.abstract_parameters
+        phases, "load", checkpoint, plan.spec.dtypes, plan.spec.mesh, engine.abstract_parameters
     )
     draft_parameters = None
-    if plan.draft and plan.draft_checkpoint and engine.abstract_draft_parameters:
+    if plan.spec.draft and plan.draft_checkpoint and engine.abstract_draft_parameters:
         draft_parameters = _load(
             phases,
             "load draft",
             plan.draft_checkpoint,
-            plan.draft.dtypes,
-            plan.mesh,
+            plan.spec.draft.dtypes,
+            plan.spec.mesh,
             engine.abstract_draft_parameters,
         )
     with phases.phase("compile", unit="programs") as progress:
@@ -227,17 +120,15 @@ def load_model(
     with phases.phase("kv cache", note=size + f"{engine.kv_cache_bytes / 2**20:.0f} MiB"):
         engine.start(parameters, draft_parameters)
     return LoadedModel(
+        options=options,
         name=model_name(options.model),
-        model=checkpoint.model,
+        spec=spec,
         engine=engine,
-        engine_config=config,
-        dtypes=plan.dtypes,
         tokenizer=tokenizer,
         default_sampling=sampling,
         devices=plan.devices,
         parameters=parameters,
         checkpoint=checkpoint,
-        draft=plan.draft,
         draft_parameters=draft_parameters,
     )
 
@@ -275,7 +166,7 @@ def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def model_name(model: str) -> str:
-    """What a model is called: its name in the catalog, on the hub, of its folder or its file."""
+    """Returns a model's name: in the catalog, on the hub, of its folder or its file."""
     path = Path(model)
     if model in CATALOG and not path.exists():
         return model
@@ -285,7 +176,7 @@ def model_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else file_stem(path)
 
 
-def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool = True) -> Plan:
+def plan_model(options: LoadOptions, phases: Phases, needs_weights: bool = True) -> Plan:
     """Picks devices, fetches the checkpoint and fixes all sizes; loads no weights.
 
     Without ``needs_weights`` the model may be one whose configuration is all there is. Raises
@@ -305,13 +196,14 @@ def plan_model(options: argparse.Namespace, phases: Phases, needs_weights: bool 
     dtypes = pick_dtypes(options, checkpoint, devices[0])
     draft, draft_checkpoint = None, None
     if draft_kind(options)[0] == "model":
-        for_draft = draft_model_options(options)
-        draft_checkpoint, smaller = _open_model(options.draft, phases, needs_weights)
+        for_draft = options.of_draft_model
+        draft_checkpoint, smaller = _open_model(for_draft.model, phases, needs_weights)
         if checkpoint and draft_checkpoint:
-            check_vocabulary(checkpoint, draft_checkpoint, options.draft)
+            check_vocabulary(checkpoint, draft_checkpoint, for_draft.model)
         draft = DraftModel(smaller, pick_dtypes(for_draft, draft_checkpoint, devices[0]))
     config = engine_config(options, model, dtypes, mesh, draft)
-    return Plan(checkpoint, model, config, dtypes, devices, mesh, draft, draft_checkpoint)
+    spec = EngineSpec(model, config, dtypes, mesh, draft)
+    return Plan(checkpoint, spec, devices, draft_checkpoint)
 
 
 def default_tensor_parallel(model: ModelConfig, num_devices: int, num_replicas: int) -> int:
@@ -362,14 +254,14 @@ def new_engine(
     Its KV cache comes on top. ``num_pages``, where it is not among ``changes``, is what all slots
     at full length could use, but no more than the first engine has. ``shapes``: those to compile.
     """
-    config = dataclasses.replace(loaded.engine_config, **changes)
+    config = dataclasses.replace(loaded.spec.config, **changes)
     if "num_pages" not in changes:
         most = config.max_num_seqs * config.max_pages_per_sequence
-        config = dataclasses.replace(config, num_pages=min(most, loaded.engine_config.num_pages))
-    draft, draft_parameters = loaded.draft, loaded.draft_parameters
+        config = dataclasses.replace(config, num_pages=min(most, loaded.spec.config.num_pages))
+    draft, draft_parameters = loaded.spec.draft, loaded.draft_parameters
     if config.draft != "model":
         draft, draft_parameters = None, None
-    engine = Engine(loaded.model, config, loaded.dtypes, loaded.engine.mesh, draft)
+    engine = Engine(dataclasses.replace(loaded.spec, config=config, draft=draft))
     engine.compile(shapes=shapes)
     engine.start(loaded.parameters, draft_parameters)
     return engine
@@ -377,10 +269,10 @@ def new_engine(
 
 def more_engines(loaded: LoadedModel, phases: Phases) -> tuple[Engine, ...]:
     """The first engine and its replicas: the same parameters on the devices that are left."""
-    engines, size = [loaded.engine], loaded.engine.mesh.size
+    engines, size = [loaded.engine], loaded.engine.spec.mesh.size
     for first in range(size, len(loaded.devices), size):
         mesh = make_mesh(loaded.devices[first : first + size])
-        engine = Engine(loaded.model, loaded.engine_config, loaded.dtypes, mesh, loaded.draft)
+        engine = Engine(dataclasses.replace(loaded.spec, mesh=mesh))
         name = f"replica {len(engines) + 1}"
         with phases.phase(name, unit="programs") as progress:
             engine.compile(progress)
@@ -399,22 +291,3 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(user_cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from 512MiB, 4GiB, 2GB or a plain number, for argparse."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"not a size: {text!r}; write 512MiB or 4GiB")
-    number, prefix, binary = match.groups()
-    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
-    if not 1 <= size <= 1 << 50:
-        raise argparse.ArgumentTypeError(f"must be between 1 byte and 1 PiB, got {text!r}")
-    return int(size)
-
-
-def parse_count(text: str) -> int:
-    """A positive number of devices, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
-    return int(text)

@@ -1,6 +1,5 @@
 """Picks the platform a program runs on; says in one line what is missing."""
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -9,28 +8,14 @@ import jax
 
 from jaxinfer.engine import MAX_CPU_THREADS
 from jaxinfer.sharding import Device
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.machine.installing import install_command
-from jaxinfer_entrypoints.machine.tpu_targets import parse_target, tpu_name
+from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 
 
-def add_platform_options(parser: argparse.ArgumentParser) -> None:
-    """--cpu, --gpu, --tpu GENERATION; without any, the best platform JAX finds."""
-    group = parser.add_argument_group("platform").add_mutually_exclusive_group()
-    group.add_argument("--cpu", action="store_true", help="run on the CPU")
-    group.add_argument("--gpu", action="store_true", help="run on an NVIDIA GPU")
-    group.add_argument(
-        "--tpu",
-        type=tpu_name,
-        metavar="NAME",
-        help="run on a TPU, called v5e (all chips of this machine; one chip with --compile-only), "
-        "v5e-8, v5litepod-8, v6e-4, v5p-8, ...",
-    )
-    parser.set_defaults(compile_only=False)
-
-
-def pick_devices(options: argparse.Namespace, count: int | None = 1) -> list[Device]:
-    """``count`` devices of the wanted platform; None for all that ``--tpu`` names.
+def pick_devices(options: LoadOptions, count: int | None = 1) -> list[Device]:
+    """Returns ``count`` devices of the wanted platform; None for all that a TPU's name says.
 
     A CPU is as many devices as wanted. With ``options.compile_only`` the TPU's devices are only
     described. Raises ``ValueError`` in one line when there are none or too few.
@@ -38,9 +23,11 @@ def pick_devices(options: argparse.Namespace, count: int | None = 1) -> list[Dev
     if count is not None and count > 1:
         _force_cpu_devices(count)
     if options.compile_only:
+        if options.tpu is None:
+            raise ValueError("compile_only needs the name of a TPU as device, such as v5e-8")
         devices = topology_devices(parse_target(options.tpu))
     else:
-        devices = _devices(options)
+        devices = _devices(options.device)
     if count is not None and len(devices) < count:
         raise ValueError(
             f"{count} devices are needed (--tensor-parallel times --data-parallel), "
@@ -49,22 +36,22 @@ def pick_devices(options: argparse.Namespace, count: int | None = 1) -> list[Dev
     return devices[:count]
 
 
-def _devices(options: argparse.Namespace) -> list[Device]:
-    if options.cpu or not _has_accelerator_packages():
+def _devices(device: str | None) -> list[Device]:
+    if device == "cpu" or not _has_accelerator_packages():
         _limit_cpu_threads()
-    if options.cpu:
+    if device == "cpu":
         # Must come before JAX looks for devices; it then leaves accelerators alone.
         jax.config.update("jax_platforms", "cpu")
         return jax.devices("cpu")
-    if options.gpu:
+    if device == "gpu":
         return _accelerators("cuda", "--gpu", f"an NVIDIA driver and {install_command('gpu')}")
-    if options.tpu:
+    if device is not None:
         needed = f"a TPU VM and {install_command('tpu')}"
-        devices = _accelerators("tpu", f"--tpu {options.tpu}", needed)
-        target, kind = parse_target(options.tpu), devices[0].device_kind
+        devices = _accelerators("tpu", f"--tpu {device}", needed)
+        target, kind = parse_target(device), devices[0].device_kind
         wanted = target.num_chips or len(devices)
         if kind not in target.generation.device_kinds or len(devices) < wanted:
-            raise ValueError(f"--tpu {options.tpu}: this machine has {len(devices)} x {kind}")
+            raise ValueError(f"--tpu {device}: this machine has {len(devices)} x {kind}")
         return devices[:wanted]
     return jax.devices()
 

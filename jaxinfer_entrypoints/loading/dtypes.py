@@ -1,40 +1,17 @@
-"""Flags for the formats of matrices and of the KV cache, and what comes of them."""
+"""Formats of matrices and of the KV cache, as options and checkpoints ask for them."""
 
-import argparse
 import dataclasses
 from typing import Any
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.stored import QUANTIZATIONS, require_stored_formats
-from jaxinfer.config import KV_DTYPES, STORED, DtypePolicy
+from checkpoints.stored import require_stored_formats
+from jaxinfer.config import STORED, DtypePolicy
 from jaxinfer.weights import check_device
+from jaxinfer_entrypoints.loading.options import LoadOptions
 
 
-def add_format_options(group: Any) -> None:
-    """``--kv-dtype`` and ``--quantize``."""
-    group.add_argument(
-        "--kv-dtype",
-        choices=("auto", *KV_DTYPES),
-        default="auto",
-        help="what keys and values are held in: int8 and fp8 take a byte a number and a scale for "
-        "each token and head (default: %(default)s, as --dtype says)",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="hold matrices as integers: those the checkpoint has, or rounded to 8 or 4 bits "
-        "while it is read. int8: a scale for each output; int8-dynamic rounds activations to 8 "
-        "bits too, each row by its own scale, int8-dynamic-64 each 64 numbers of a row; int4: a "
-        "scale and a minimum for each 32 inputs (or 64, 128) of an output, -symmetric without the "
-        "minimum; fp8: 8-bit floats, for devices that multiply them (default: none, or what a "
-        "converted model was converted to)",
-    )
-
-
-def pick_dtypes(
-    options: argparse.Namespace, checkpoint: Checkpoint | None, device: Any
-) -> DtypePolicy:
-    """What the flags ask for on ``device``, or what a converted folder has been made of.
+def pick_dtypes(options: LoadOptions, checkpoint: Checkpoint | None, device: Any) -> DtypePolicy:
+    """Picks what the flags ask for on ``device``, or what a converted folder has been made of.
 
     Raises ``ValueError`` in one line for a format that is not to be had.
     """

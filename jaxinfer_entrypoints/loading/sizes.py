@@ -1,14 +1,15 @@
 """Sizes of an engine: what the user does not give follows from the model and from free memory."""
 
-import argparse
 import dataclasses
 
 from jax.sharding import Mesh
 
 from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
-from jaxinfer.kv_cache import page_bytes, plan_num_pages
+from jaxinfer.engine_spec import EngineSpec
+from jaxinfer.kv_cache import bytes_per_page, plan_num_pages
 from jaxinfer.sharding import num_tensor_devices
-from jaxinfer_entrypoints.command_line.draft import draft_kind
+from jaxinfer_entrypoints.loading.draft import draft_kind
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
 from jaxinfer_entrypoints.memory.usage import free_bytes
 from pallas_kernels.ragged_paged_attention import PLATFORMS
@@ -26,25 +27,16 @@ TPU_KV_FRACTION = 0.97
 class DoesNotFitError(ValueError):
     """A model and the sizes asked for need more memory than there is.
 
-    ``config`` has all sizes but the number of pages.
+    ``spec.config`` has all sizes but the number of pages.
     """
 
-    def __init__(
-        self,
-        message: str,
-        model: ModelConfig,
-        config: EngineConfig,
-        dtypes: DtypePolicy,
-        mesh: Mesh,
-        draft: DraftModel | None = None,
-    ) -> None:
+    def __init__(self, message: str, spec: EngineSpec) -> None:
         super().__init__(message)
-        self.model, self.config, self.dtypes, self.mesh = model, config, dtypes, mesh
-        self.draft = draft
+        self.spec = spec
 
 
 def engine_config(
-    options: argparse.Namespace,
+    options: LoadOptions,
     model: ModelConfig,
     dtypes: DtypePolicy,
     mesh: Mesh,
@@ -55,9 +47,10 @@ def engine_config(
     Raises ``ValueError`` for sizes that cannot be, ``DoesNotFitError`` for too little memory.
     """
     device = mesh.devices.flat[0]
-    if PLATFORMS.get(options.attention, device.platform) != device.platform:
+    needed = PLATFORMS.get(options.attention or "", device.platform)
+    if needed != device.platform:
         raise ValueError(
-            f"--attention {options.attention} runs on {PLATFORMS[options.attention].upper()} only, "
+            f"--attention {options.attention} runs on {needed.upper()} only, "
             f"this is {device.device_kind}"
         )
     context = model.max_position_embeddings
@@ -92,38 +85,20 @@ def engine_config(
         num_drafts=options.num_drafts,
         verify=options.verify,
     )
+    spec = EngineSpec(model, config, dtypes, mesh, draft)
     memory = options.kv_memory
     if memory is None:
-        memory = default_kv_bytes(model, config, dtypes, mesh, options.data_parallel, draft)
+        memory = default_kv_bytes(spec, options.data_parallel)
     else:
         check_kv_bytes(memory, mesh, options.data_parallel)
-    num_pages = plan_num_pages(
-        model,
-        page_size,
-        dtypes.kv_cache,
-        options.max_num_seqs,
-        max_model_len,
-        memory,
-        mesh,
-        options.prefix_cache,
-        options.attention,
-        draft,
-    )
+    num_pages = plan_num_pages(spec, memory)
     if num_pages * page_size < max_model_len:
-        size = page_bytes(model, page_size, dtypes.kv_cache, mesh, options.attention)
-        if draft:
-            kv_dtype = draft.dtypes.kv_cache
-            size += page_bytes(draft.model, page_size, kv_dtype, mesh, options.attention)
-        needed = -(-max_model_len // page_size) * size
+        needed = config.max_pages_per_sequence * bytes_per_page(spec)
         raise DoesNotFitError(
             f"a KV cache of {memory / 2**20:.0f} MiB is too small for one sequence of "
             f"{max_model_len} tokens, which takes {needed / 2**20:.0f} MiB: raise --kv-memory or "
             f"lower --max-model-len",
-            model,
-            config,
-            dtypes,
-            mesh,
-            draft,
+            spec,
         )
     return dataclasses.replace(config, num_pages=num_pages)
 
@@ -144,44 +119,31 @@ def check_kv_bytes(memory: int, mesh: Mesh, num_replicas: int) -> None:
         )
 
 
-def default_kv_bytes(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    mesh: Mesh,
-    num_replicas: int,
-    draft: DraftModel | None = None,
-) -> int:
+def default_kv_bytes(spec: EngineSpec, num_replicas: int) -> int:
     """Memory on all devices of a replica for the KV cache when the user names none.
 
-    ``config`` has all sizes but the number of pages. The parameters are not loaded yet; the first
-    device speaks for all.
+    ``spec.config`` has all sizes but the number of pages. The parameters are not loaded yet; the
+    first device speaks for all.
     """
+    mesh = spec.mesh
     device, num_devices = mesh.devices.flat[0], num_tensor_devices(mesh)
     free = free_bytes(device)
     if free is None:
         return DEFAULT_CPU_KV_BYTES
     if device.platform == "tpu":
-        return num_devices * int(tpu_kv_bytes(model, config, dtypes, mesh, free, draft))
-    loaded = parameter_bytes(model, dtypes, mesh)
-    if draft:
-        loaded += parameter_bytes(draft.model, draft.dtypes, mesh)
+        return num_devices * int(tpu_kv_bytes(spec, free))
+    loaded = parameter_bytes(spec.model, spec.dtypes, mesh)
+    if spec.draft:
+        loaded += parameter_bytes(spec.draft.model, spec.draft.dtypes, mesh)
     if device.platform == "cpu":  # its devices share the host's memory
         left = max(0, free // num_replicas - num_devices * loaded)
         return min(DEFAULT_CPU_KV_BYTES, int(left * CPU_KV_FRACTION))
     return num_devices * int(max(0, free - loaded) * GPU_KV_FRACTION)
 
 
-def tpu_kv_bytes(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    mesh: Mesh,
-    free: int,
-    draft: DraftModel | None = None,
-) -> int:
-    """What of a chip's ``free`` bytes all else leaves to the KV cache, not below 0."""
-    smallest = dataclasses.replace(config, num_pages=config.max_pages_per_sequence)
-    plan = plan_memory(model, smallest, dtypes, mesh, draft)
+def tpu_kv_bytes(spec: EngineSpec, free: int) -> int:
+    """Returns what all else leaves of a chip's ``free`` bytes to the KV cache, not below 0."""
+    smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
+    plan = plan_memory(dataclasses.replace(spec, config=smallest))
     left = int((free - plan.total + plan.kv_pages + plan.page_copies) * TPU_KV_FRACTION)
     return max(0, left * plan.kv_pages // (plan.kv_pages + plan.page_copies))

@@ -1,4 +1,4 @@
-"""Whether others use the machine that is being measured. Linux tells; elsewhere nobody does."""
+"""Others' use of the machine that is being measured. Linux tells; elsewhere nobody does."""
 
 import os
 import time

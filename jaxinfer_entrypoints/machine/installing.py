@@ -1,4 +1,4 @@
-"""What to type where something is not installed. Imports nothing that may be missing itself."""
+"""Commands that install what is missing. Imports nothing that may be missing itself."""
 
 from pathlib import Path
 

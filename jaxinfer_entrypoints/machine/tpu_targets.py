@@ -1,6 +1,5 @@
 """TPUs by the names that people use: generation, chips, topology, peaks. Imports no JAX."""
 
-import argparse
 import re
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class TpuGeneration:
-    """What one chip of a generation has, and which slices of it exist.
+    """One generation of chips: what a chip has, and which slices exist.
 
     ``device_kinds``: how its devices call themselves. ``cores_per_chip``: names such as v5p-8 count
     cores. ``hbm_bytes``: what the compiler lets one program use, a little less than the chip has.
@@ -131,15 +130,6 @@ def generation_of_kind(device_kind: str) -> TpuGeneration:
         if device_kind in generation.device_kinds:
             return generation
     raise ValueError(f"no TPU generation has devices called {device_kind!r}")
-
-
-def tpu_name(text: str) -> str:
-    """``text`` when it names a TPU, for argparse."""
-    try:
-        parse_target(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 def _generation(name: str) -> TpuGeneration | None:

@@ -1,4 +1,4 @@
-"""What a container may still take. Linux only; knows no JAX."""
+"""Memory that a container may still take. Linux only; knows no JAX."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What each chip will hold, by arithmetic: before anything is loaded, compiled or allocated."""
+"""Bytes that each chip will hold, by arithmetic: before anything is loaded or compiled."""
 
 import dataclasses
 import math
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from jaxinfer import models
 from jaxinfer.batch import BatchShape, batch_shapes, packed_size
-from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import abstract_parameters, num_tensor_devices, physical_model
 from jaxinfer.step_state import abstract_state
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages
@@ -49,19 +50,14 @@ class MemoryPlan:
         return sum(dataclasses.astuple(self))
 
 
-def plan_memory(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtypes: DtypePolicy,
-    mesh: Mesh,
-    draft: DraftModel | None = None,
-) -> MemoryPlan:
+def plan_memory(spec: EngineSpec) -> MemoryPlan:
     """Weights, pages and slots to the byte, the rest as estimates.
 
     On TPU plain XLA attention copies all pages in every call, once as they are and once as its
     products want them; the kernel writes them in place.
     """
-    state = abstract_state(model, config, dtypes, mesh, draft)
+    model, config, dtypes, mesh, draft = spec.model, spec.config, spec.dtypes, spec.mesh, spec.draft
+    state = abstract_state(spec)
     rest = dataclasses.replace(state, kv_pages=(), draft_kv_pages=())
     shapes = batch_shapes(config)
     kv_pages = _device_bytes((state.kv_pages, state.draft_kv_pages))
@@ -71,7 +67,7 @@ def plan_memory(
         + (parameter_bytes(draft.model, draft.dtypes, mesh) if draft else 0),
         kv_pages=kv_pages,
         slots=_device_bytes(rest) + 4 * packed_size(shapes[-1], config),
-        temporaries=_temporary_bytes(model, shapes[-1], config, dtypes, num_tensor_devices(mesh)),
+        temporaries=_temporary_bytes(spec, shapes[-1]),
         code=sum(
             _code_bytes(model, shape, mesh) * (DRAFT_CODE if draft and shape.num_drafts else 1)
             for shape in shapes
@@ -86,25 +82,27 @@ def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
     return _device_bytes(abstract_parameters(state, mesh))
 
 
-def _temporary_bytes(
-    model: ModelConfig, shape: BatchShape, config: EngineConfig, dtypes: DtypePolicy, devices: int
-) -> int:
-    """Of the largest step: what lies between two products of the MLP, logits in three versions.
+def _temporary_bytes(spec: EngineSpec, shape: BatchShape) -> int:
+    """Estimates the largest step's: what lies between two products of the MLP, logits three times.
 
     A head that is the embedding too, or is divided, lies otherwise than one of its uses wants it.
     """
+    model, devices = spec.model, num_tensor_devices(spec.mesh)
     physical = physical_model(model, devices)
-    rows = shape.num_decodes + shape.num_tiles * config.chunk_tile
+    rows = shape.num_decodes + shape.num_tiles * spec.config.chunk_tile
     hidden = rows * (2 * physical.intermediate_size // devices + physical.hidden_size) * 4
-    logits = (shape.num_logits_rows + config.chunk_tile) * physical.vocab_size * 4
+    logits = (shape.num_logits_rows + spec.config.chunk_tile) * physical.vocab_size * 4
     head = (
-        physical.hidden_size * physical.vocab_size // devices * jnp.dtype(dtypes.weights).itemsize
+        physical.hidden_size
+        * physical.vocab_size
+        // devices
+        * jnp.dtype(spec.dtypes.weights).itemsize
     )
     return hidden + 3 * logits + (head if model.tie_word_embeddings or devices > 1 else 0)
 
 
 def _code_bytes(model: ModelConfig, shape: BatchShape, mesh: Mesh) -> int:
-    """Of a program: tiles of prompts bring more of everything."""
+    """Estimates a program's code: tiles of prompts bring more of everything."""
     once, layer = DECODES_CODE, DECODES_LAYER_CODE
     if shape.num_tiles:
         once, layer = TILES_CODE, TILES_LAYER_CODE

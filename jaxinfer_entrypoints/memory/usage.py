@@ -1,4 +1,4 @@
-"""How much memory there is, and one table of what goes where."""
+"""Memory that there is, and one table of what goes where."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,16 +27,17 @@ def free_bytes(device: Device) -> int | None:
 
 
 def memory_table(engines: Sequence[Engine], devices: Sequence[Device]) -> str:
-    """What a replica keeps on each of its devices, and all on all, in MiB, and what is free now.
+    """Tabulates what a replica keeps on each device, all on all, in MiB, and what is free now.
 
     Replicas are alike; where one has more of something, that is shown.
     """
-    engine, config = engines[0], engines[0].config
+    engine, config = engines[0], engines[0].spec.config
     tokens = config.num_pages * config.page_size
     notes = {
-        "parameters": engine.dtypes.matrices,
-        "kv cache": f"{engine.dtypes.kv_cache}, {config.num_pages} pages of {config.page_size} "
-        f"tokens: {tokens}, {tokens / config.max_model_len:.1f} x the longest sequence",
+        "parameters": engine.spec.dtypes.matrices,
+        "kv cache": f"{engine.spec.dtypes.kv_cache}, {config.num_pages} pages of "
+        f"{config.page_size} tokens: {tokens}, {tokens / config.max_model_len:.1f} x the longest "
+        "sequence",
         "slots": f"tokens of {config.max_num_seqs} slots, up to {config.max_model_len} each",
         "temporaries": f"of the largest of {len(engine.memory_by_program)} programs",
     }
@@ -59,7 +60,7 @@ def memory_table(engines: Sequence[Engine], devices: Sequence[Device]) -> str:
 
 
 def _available_host_bytes() -> int | None:
-    """What Linux, or a container's limit, would give without swapping; unknown elsewhere."""
+    """Returns what Linux, or a container, would give without swapping; unknown elsewhere."""
     free = [free] if (free := cgroup_memory()[1]) is not None else []
     for line in lines_of(Path("/proc/meminfo")):
         name, _, value = line.partition(":")

@@ -155,7 +155,7 @@ def grouped_matmul(
 
 
 def has_bfloat16_arithmetic() -> bool:
-    """Whether the TPU that is traced for calculates with bfloat16: from v6e on.
+    """Tells if the TPU that is traced for calculates with bfloat16: from v6e on.
 
     The mesh of the context says which it is, or the devices at hand do.
     """

@@ -1,4 +1,4 @@
-"""How the TPU kernels of ``quantized_matmul`` cut their operands, and which they decline."""
+"""Cuts of the TPU kernels' operands in ``quantized_matmul``, and which they decline."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ STEP_AXIS = 2
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a product [T, I] x A matrices [I, F] is cut: the sizes of blocks, and their numbers."""
+    """The cut of a product [T, I] x A matrices [I, F]: the sizes of blocks, and their numbers."""
 
     rows: int
     outputs: int
@@ -47,11 +47,11 @@ class Blocks:
 
     @property
     def num_blocks(self) -> int:
-        """Of outputs, of all matrices."""
+        """Counts the blocks of outputs of all matrices."""
         return self.num_matrices * self.blocks_of_matrix
 
     def place(self, core: Any, step: Any) -> tuple[Any, Any]:
-        """Which matrix and which block of its outputs a step is for.
+        """Returns the matrix and the block of its outputs that a step is for.
 
         Of an odd number of blocks the second core does its last one twice.
         """
@@ -117,7 +117,7 @@ def flat_outputs(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def chunks_at_once(num_inputs: int, chunk: int, width: int) -> int:
-    """How many chunks of inputs a turn of the loop takes, of a block of ``width`` outputs.
+    """Returns how many chunks of inputs a turn of the loop takes, of a block of ``width`` outputs.
 
     Several of narrow ones, so that they can fill each other's waits.
     """
@@ -138,7 +138,7 @@ def for_each_chunk(num_inputs: int, chunk: int, width: int, do: Any) -> None:
 
 
 def chunk_at(index: Any, chunk: int) -> pl.Slice:
-    """Where the inputs of a chunk are."""
+    """Returns where the inputs of a chunk are."""
     return pl.ds(pl.multiple_of(index * chunk, NUM_LANES), chunk)
 
 

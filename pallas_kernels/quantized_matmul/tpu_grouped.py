@@ -30,7 +30,7 @@ MINUS_8 = -0x77777778  # eight nibbles 0..15 exclusive-or this are -8..7 in two'
 
 @dataclass(frozen=True)
 class Form:
-    """What does not change within a kernel: G, inputs of a chunk, whether there are minimums.
+    """Constants of a kernel: G, inputs of a chunk, whether there are minimums.
 
     ``is_halved``: packed weights are made in bfloat16, two in a word.
     """
@@ -192,7 +192,7 @@ def exactly(dtype: Any) -> jax.lax.Precision | None:
 
 
 def made_dtype(dtype: Any, form: Form) -> Any:
-    """What is made of scales or minimums, or None where they are multiplied with as they are."""
+    """Prepares scales or minimums; None where they are multiplied with as they are."""
     if form.is_halved:
         return jnp.int32  # a bfloat16 twice
     return None if dtype == jnp.float32 else jnp.float32

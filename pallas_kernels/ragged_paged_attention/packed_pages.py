@@ -51,7 +51,7 @@ class PackedRows:
 
 
 def shares_row(head_dim: int) -> bool:
-    """Whether key and value of a token lie in one row of lanes."""
+    """True where key and value of a token lie in one row of lanes."""
     return head_dim <= SIDE_BY_SIDE
 
 

@@ -13,12 +13,12 @@ LARGEST = {"int8": 127.0, "uint8": float(jnp.finfo(jnp.float8_e4m3fn).max)}
 
 
 def is_quantized(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether pages of ``dtype`` have scales."""
+    """Tells if pages of ``dtype`` have scales."""
     return jnp.dtype(dtype).name in LARGEST
 
 
 def as_floats(rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What is stored, without its scale, in a float ``dtype`` that holds all of it exactly."""
+    """Reads what is stored, without its scale, in a float ``dtype`` that holds it exactly."""
     if rows.dtype == jnp.uint8:
         rows = jax.lax.bitcast_convert_type(rows, jnp.float8_e4m3fn)
     return rows.astype(dtype)

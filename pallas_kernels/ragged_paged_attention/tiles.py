@@ -1,4 +1,4 @@
-"""How ragged rows are described to every backend: tiles of query rows, and the page table."""
+"""Ragged rows as every backend is told of them: tiles of query rows, and the page table."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the TPU kernel is compiled for, what it keeps between grid steps, and a tile as scalars.
+"""The TPU kernel's constants, what it keeps between grid steps, and a tile as scalars.
 
 Axis letters: N tiles, S sequences, P pages per sequence, G kv heads, J matrices a page, M query
 rows of a kv head, B tokens a block.
@@ -19,7 +19,7 @@ SLOT, IS_FETCHED = 0, 1
 
 @dataclass(frozen=True)
 class TileShape:
-    """What a kernel is compiled for.
+    """Constants that a kernel is compiled for.
 
     ``rows`` query rows a tile, ``granule`` tokens that the smallest write covers, ``page_size`` and
     ``pages_per_block``, ``pages_per_sequence`` of the page table.
@@ -100,6 +100,6 @@ class Tile:
         return self.page_table[self.sequence * self.shape.pages_per_sequence + index]
 
     def is_new(self, begin: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
-        """Which positions are this tile's, of an array whose ``axis`` counts from ``begin``."""
+        """Marks this tile's positions, of an array whose ``axis`` counts from ``begin``."""
         positions = begin + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         return (positions >= self.start) & (positions < self.kv_len)

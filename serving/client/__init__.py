@@ -6,16 +6,13 @@ from serving.client.events import (
     Delta,
     Event,
     Finished,
-    GenerateOptions,
-    Message,
-    Prompt,
-    PromptOptions,
     Started,
     Timings,
     TokenLogprobs,
     TopLogprob,
     Usage,
 )
+from serving.client.options import GenerateOptions, Message, Prompt, PromptOptions
 
 __all__ = [
     "DEFAULT_TARGET",

@@ -19,13 +19,10 @@ from serving.address import check_address
 from serving.client.events import (
     Completion,
     Event,
-    GenerateOptions,
-    Message,
-    Prompt,
-    PromptOptions,
     completions_of,
     event_of,
 )
+from serving.client.options import GenerateOptions, Message, Prompt, PromptOptions
 from serving.client.requests import (
     abort_request,
     check_one_choice,
@@ -127,7 +124,7 @@ class Client:
             return self._stub.Abort(abort_request(request_id)).was_live
 
     def is_serving(self, *, timeout: float) -> bool:
-        """Whether the model is loaded; ``ServerError`` where nobody answers within ``timeout``."""
+        """Tells whether the model is loaded. ``ServerError``: nobody answers within ``timeout``."""
         check_timeout(timeout)
         with _errors():
             reply = self._health.Check(_HEALTH_REQUEST, timeout=timeout)
@@ -217,7 +214,7 @@ class AsyncClient:
             return (await self._stub.Abort(abort_request(request_id))).was_live
 
     async def is_serving(self, *, timeout: float) -> bool:
-        """Whether the model is loaded; ``ServerError`` where nobody answers within ``timeout``."""
+        """Tells whether the model is loaded. ``ServerError``: nobody answers within ``timeout``."""
         check_timeout(timeout)
         with _errors():
             reply = await self._health.Check(_HEALTH_REQUEST, timeout=timeout)

@@ -1,11 +1,11 @@
-"""What a client is given, as messages: refused here if no message can hold it. Imports no gRPC."""
+"""A client's wishes as messages: refused here if no message can hold them. Imports no gRPC."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from serving.client.events import GenerateOptions, Message, Prompt, PromptOptions
+from serving.client.options import GenerateOptions, Message, Prompt, PromptOptions
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 MAX_TIMEOUT_SECONDS = 1_000_000_000
@@ -124,7 +124,7 @@ def _set_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt
         with _naming("the prompt", prompt):
             request.text = prompt
         return
-    wanted = "a text (str), messages (serving.client.client.Message) or token ids (int)"
+    wanted = "a text (str), messages (serving.client.Message) or token ids (int)"
     if not _is_sequence(prompt):
         raise TypeError(f"the prompt must be {wanted}, got {prompt!r:.80}")
     for i, item in enumerate(prompt):
@@ -162,7 +162,7 @@ def _add_message(chat: pb.Chat, name: str, message: Message) -> None:
 
 
 def _is_sequence(value: object) -> bool:
-    """Whether items can be read by number and more than once, arrays included; bytes are none."""
+    """Tells whether items can be read by number and again, as of arrays; bytes are no items."""
     if isinstance(value, bytes | bytearray | memoryview | Mapping):
         return False
     return isinstance(value, Sequence) or all(

@@ -1,13 +1,15 @@
-"""What the service answers with, as messages: made of outputs and descriptions, sent elsewhere."""
+"""Answers of the service, as messages: made of outputs and descriptions, sent elsewhere."""
 
 from collections.abc import Iterable
 
-from jaxinfer.request import LIMITS, FinishReason, Request
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, FinishReason, Request
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
+from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.request_stream import TextOutput
-from serving.rpc.validate import CHAT_LIMITS, DEFAULT_MAX_TOKENS, SUPPORTED_FIELDS
+from serving.rpc.validate import SUPPORTED_FIELDS
 from serving.served_model import ServedModel, Tokenizer, package_version
+from serving.text.conversation import CHAT_LIMITS
 
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -96,7 +98,7 @@ def _token_bytes(token_id: int, tokenizer: Tokenizer) -> bytes:
 
 
 def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
-    """What is being served."""
+    """Describes the served model."""
     num_engines = len(served.engines)
     return pb.GetModelInfoResponse(
         model_name=served.name,
@@ -125,10 +127,10 @@ def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
         bos_token_id=served.tokenizer.bos_token_id,
         has_chat_template=served.tokenizer.has_chat_template,
         default_sampling=pb.SamplingParams(
-            temperature=served.default_sampling.temperature,
-            top_k=served.default_sampling.top_k,
-            top_p=served.default_sampling.top_p,
-            min_p=served.default_sampling.min_p,
-            repetition_penalty=served.default_sampling.repetition_penalty,
+            **{
+                option.name: getattr(served.default_sampling, option.name)
+                for option in SAMPLING_OPTIONS
+                if option.has_model_default
+            }
         ),
     )

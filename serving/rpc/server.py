@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
 from serving.rpc.service import InferenceService
-from serving.rpc.undecodable import UndecodableRefuser
+from serving.rpc.undecodable import UndecodableInterceptor
 from serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ async def serve(
     service = InferenceService()
     health_service = HealthServicer()
     server = grpc.aio.server(
-        interceptors=(UndecodableRefuser(f"/{SERVICE_NAME}/"),),
+        interceptors=(UndecodableInterceptor(f"/{SERVICE_NAME}/"),),
         options=CHANNEL_OPTIONS,
         maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )

@@ -27,14 +27,13 @@ from serving.loop import (
 )
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.replicas import Replicas
+from serving.request_checks import check_request_id, check_token_ids
 from serving.request_stream import RequestStream
 from serving.rpc import responses
 from serving.rpc.chat_inputs import chat_inputs
 from serving.rpc.validate import (
     check_generation,
     check_prompt,
-    check_request_id,
-    check_token_ids,
     is_on,
     max_tokens_in_effect,
     refuse_unsupported,
@@ -98,7 +97,7 @@ def _checked_call[S, Q: Message, R](method: _Method[S, Q, R]) -> _Method[S, Q, R
 
 @dataclass(frozen=True)
 class _Serving:
-    """What exists only once the model is loaded."""
+    """All that exists only once the model is loaded."""
 
     served: ServedModel
     replicas: Replicas

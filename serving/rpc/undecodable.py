@@ -1,4 +1,4 @@
-"""Answers bytes that are no message with INVALID_ARGUMENT, where gRPC says UNKNOWN and logs it."""
+"""Requests that are no message: refused with INVALID_ARGUMENT, where gRPC says UNKNOWN and logs."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -7,10 +7,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 
-class UndecodableRefuser(grpc.aio.ServerInterceptor):
-    """Hands what cannot be decoded to the methods below ``prefix`` as a ``DecodeError``.
+class UndecodableInterceptor(grpc.aio.ServerInterceptor):
+    """Hands bytes that are no message to the methods below ``prefix`` as a ``DecodeError``.
 
-    They take one message, and answer with one or with a stream.
+    Those refuse it. They take one message, and answer with one or with a stream.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -26,7 +26,7 @@ class UndecodableRefuser(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
         options = {
-            "request_deserializer": _forgiving(handler.request_deserializer),
+            "request_deserializer": _decoding_or_error(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
@@ -34,7 +34,7 @@ class UndecodableRefuser(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(handler.unary_unary, **options)
 
 
-def _forgiving(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _decoding_or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def decode_or_error(data: bytes) -> Any:
         try:
             return decode(data)

@@ -5,26 +5,16 @@ Every function raises ``ValueError`` naming the field, the value and the limit.
 """
 
 import dataclasses
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxinfer.request import LIMITS, Limit, SamplingParams
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, SamplingParams
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
-from serving.text.output_text import TextOptions
-
-# New tokens when a request does not say; the .proto promises it.
-DEFAULT_MAX_TOKENS = 256
-
-# What a chat may have besides messages, whose limits are the engine's.
-CHAT_LIMITS: Mapping[str, Limit] = {
-    "name_characters": Limit(1, 64),
-    "num_template_arguments": Limit(0, 32),
-    "template_argument_characters": Limit(1, 64),  # of the name; values count as prompt
-    "num_tools": Limit(0, 256),  # and calls of one message; their characters count as prompt
-}
+from serving.request_checks import default_max_tokens, random_seed
+from serving.text.conversation import CHAT_LIMITS
+from serving.text.output_text import TextOptions, check_stop
 
 # The fields that are served. Whatever is not named here is refused when it is set, so a field
 # that is new in the schema is refused until somebody builds it.
@@ -38,8 +28,8 @@ SUPPORTED_FIELDS: Mapping[str, frozenset[str]] = {
     ),
     "SamplingParams": frozenset(
         (
-            *("temperature", "top_k", "top_p", "min_p", "seed", "logit_bias"),
-            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *(option.name for option in SAMPLING_OPTIONS),
+            *("seed", "logit_bias"),
             *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
             *("include_stop_in_output", "n", "logprobs", "prompt_logprobs"),
             "skip_control_tokens",
@@ -80,13 +70,6 @@ def refuse_unsupported(message: Message, path: str = "") -> None:
                 refuse_unsupported(item, f"{path}{field.name}[{i}].")
         else:
             refuse_unsupported(value, f"{path}{field.name}.")
-
-
-def check_request_id(request_id: str) -> None:
-    """Ids go into logs and headers: printable ASCII of limited length."""
-    LIMITS["request_id_characters"].check("characters of request_id", len(request_id))
-    if not (request_id.isascii() and request_id.isprintable()):
-        raise ValueError(f"request_id must be printable ASCII, got {request_id!r}")
 
 
 def check_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, has_chat_template: bool) -> int:
@@ -150,48 +133,27 @@ def check_generation(request: pb.GenerateRequest, model_name: str) -> None:
     check_stop(sampling.stop)
 
 
-def check_stop(stops: Sequence[str]) -> None:
-    """Checks stop strings."""
-    LIMITS["num_stop"].check("number of stop", len(stops))
-    for i, stop in enumerate(stops):
-        LIMITS["stop_characters"].check(f"characters of stop[{i}]", len(stop))
-
-
-def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
-    """Checks ids to be turned into text."""
-    LIMITS["num_token_ids"].check("number of token_ids", len(token_ids))
-    if token_ids and max(token_ids) >= vocab_size:
-        raise ValueError(f"token_ids must be in [0, {vocab_size - 1}], got {max(token_ids)}")
-
-
 def sampling_params(
     message: pb.SamplingParams, defaults: SamplingParams | None = None
 ) -> SamplingParams:
-    """The sampling asked for, and what is not set as in ``defaults``.
+    """Returns the sampling asked for; what is not set is as in ``defaults``.
 
     A seed is chosen when sampling needs one and none is given.
     """
     LIMITS["num_logit_bias"].check("number of logit_bias", len(message.logit_bias))
+    names = (*(option.name for option in SAMPLING_OPTIONS), "seed")
     sampling = dataclasses.replace(
         defaults or SamplingParams(),
         logit_bias=tuple(sorted(message.logit_bias.items())),
-        **{name: getattr(message, name) for name in _PLAIN_FIELDS if message.HasField(name)},
+        **{name: getattr(message, name) for name in names if message.HasField(name)},
     )
     if sampling.temperature > 0 and not message.HasField("seed"):
-        # 53 bits: a client that keeps numbers as doubles can send it back unchanged.
-        return dataclasses.replace(sampling, seed=secrets.randbits(53))
+        return dataclasses.replace(sampling, seed=random_seed())
     return sampling
 
 
-# Of SamplingParams: taken over as they are, and left at the default where they are not set.
-_PLAIN_FIELDS = (
-    *("temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
-)
-
-
 def text_options(message: pb.SamplingParams) -> TextOptions:
-    """How the text is asked for."""
+    """Returns the wishes for the text."""
     return TextOptions(
         stop=tuple(message.stop),
         include_stop_in_output=message.include_stop_in_output,
@@ -201,20 +163,14 @@ def text_options(message: pb.SamplingParams) -> TextOptions:
 
 
 def is_on(message: Message, name: str) -> bool:
-    """A boolean field whose default is true."""
+    """Reads a boolean field whose default is true."""
     return not message.HasField(name) or getattr(message, name)
 
 
 def max_tokens_in_effect(
     message: pb.SamplingParams, num_prompt_tokens: int, max_model_len: int
 ) -> int:
-    """``max_tokens`` as given, or what fits behind the prompt up to ``DEFAULT_MAX_TOKENS``."""
+    """Returns ``max_tokens`` as given, or the default behind so long a prompt."""
     if message.HasField("max_tokens"):
         return message.max_tokens
-    room = max_model_len - num_prompt_tokens
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {num_prompt_tokens} tokens, which leaves no room for output "
-            f"within max_model_len ({max_model_len})"
-        )
-    return min(DEFAULT_MAX_TOKENS, room)
+    return default_max_tokens(num_prompt_tokens, max_model_len)

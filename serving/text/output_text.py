@@ -3,10 +3,10 @@
 Knows no threads and no gRPC.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from jaxinfer.request import FinishReason
+from jaxinfer.request import LIMITS, FinishReason
 from jaxinfer.schedule import RequestOutput
 from serving.request_stream import TextOutput
 from serving.text.stop_strings import StopPatterns, StopStrings
@@ -15,12 +15,19 @@ from serving.text.tokenizer import Detokenizer, TokenBytes
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How a request wants its text; the fields of the same names in the .proto."""
+    """Wishes of a request for its text; the fields of the same names in the .proto."""
 
     stop: tuple[str, ...] = ()
     include_stop_in_output: bool = False
     skip_control_tokens: bool = True
     min_tokens: int = 0
+
+
+def check_stop(stops: Sequence[str]) -> None:
+    """Raises ``ValueError`` for too many stop strings, and for one too short or too long."""
+    LIMITS["num_stop"].check("number of stop", len(stops))
+    for i, stop in enumerate(stops):
+        LIMITS["stop_characters"].check(f"characters of stop[{i}]", len(stop))
 
 
 class OutputText:

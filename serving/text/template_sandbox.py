@@ -1,4 +1,4 @@
-"""Where chat templates run: no Python internals, bounded time, bounded sizes.
+"""The sandbox of chat templates: no Python internals, bounded time, bounded sizes.
 
 Jinja2's immutable sandbox keeps a template from the interpreter. On top of it, one rendering may
 take ``MAX_SECONDS`` of processor time, looked at in every loop, call and output; may write
@@ -90,7 +90,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return str(value)
 
     def written(self, value: object) -> str:
-        """What is about to be written, counted."""
+        """Returns the text that is about to be written, and counts it."""
         self.check_time()
         text = self.text_of(value)
         self._left.characters -= len(text)
@@ -221,7 +221,7 @@ class _Generation(Extension):
 
 
 class _Left(threading.local):
-    """What a rendering has left, in the thread that does it."""
+    """Allowances that a rendering has left, in the thread that does it."""
 
     def __init__(self) -> None:
         self.start()
@@ -276,7 +276,7 @@ def _check_size(value: object) -> None:
 
 
 def _size(value: Any) -> int:
-    """How much is copied when the value is: elements, bytes of a whole number, or 0."""
+    """Returns the size of a copy of the value: elements, bytes of a whole number, or 0."""
     if isinstance(value, int):
         return value.bit_length() // 8
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0

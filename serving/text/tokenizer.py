@@ -186,7 +186,7 @@ class Tokenizer:
 
 
 class TokenBytes(Protocol):
-    """What a detokenizer needs of a tokenizer."""
+    """A tokenizer as a detokenizer needs it."""
 
     def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes: ...
 

@@ -150,7 +150,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def token_bytes(spec: AnyTokenizer) -> Callable[[int], bytes]:
-    """What the tokens of ``spec`` stand for, by their ids, which must be in its vocabulary."""
+    """Returns a function from the ids of ``spec``'s vocabulary to the bytes that they stand for."""
     is_byte_level = isinstance(spec, TokenizerSpec) or (
         isinstance(spec, TokenizerJson) and spec.is_byte_level
     )

@@ -41,7 +41,7 @@ ROWS = (8, 64, 512)
 
 
 def kernel_name(name: str, rows: int, num_inputs: int, outputs: tuple[int, ...]) -> str:
-    """What the kernel of a format is called for a shape."""
+    """Returns the name of the kernel of a format for a shape."""
     form = FORMATS[name]
     shape = f"{rows}x{num_inputs}x{outputs[-1]}"
     if "bits" in form:
@@ -54,7 +54,7 @@ def kernel_name(name: str, rows: int, num_inputs: int, outputs: tuple[int, ...])
 def operation(
     name: str, num_inputs: int, outputs: tuple[int, ...]
 ) -> tuple[Any, list[tuple[tuple[int, ...], Any]], Any]:
-    """What multiplies, shapes and dtypes of its arrays, and their axes by those of the matrix."""
+    """Returns what multiplies, its arrays' shapes and dtypes, and their axes by the matrix's."""
     form = FORMATS[name]
     if "bits" not in form:
         arrays: list[Any] = [((*outputs, num_inputs), jnp.int8), (outputs, jnp.float32)]
@@ -128,7 +128,7 @@ def compile_feed_forward(target: str, name: str, rows: int) -> tuple[Any, int]:
 
 
 def bytes_of_turn(name: str, num_inputs: int, blocks: Blocks) -> float:
-    """What a kernel reads for a turn of its loop over a block of weights."""
+    """Counts the bytes that a kernel reads for a turn of its loop over a block of weights."""
     form = FORMATS[name]
     numbers = 2 * (1 + ("minimums" in form)) / form["group"] if "bits" in form else 0
     chunks = tpu_blocks.chunks_at_once(num_inputs, blocks.chunk, blocks.outputs)

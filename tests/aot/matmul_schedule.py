@@ -1,4 +1,4 @@
-"""How many instruction bundles the TPU compiler makes of products with integers, without a TPU.
+"""Instruction bundles that the TPU compiler makes of products with integers, without a TPU.
 
     python -m tests.aot.matmul_schedule            prints a table
     python -m tests.aot.matmul_schedule --write    and keeps it under benchmarks/
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def bytes_per_cycle(chip: TpuGeneration) -> float:
-    """What a core can read from the chip's memory in a cycle."""
+    """Returns the bytes that a core can read from the chip's memory in a cycle."""
     cycles_per_second = chip.bf16_flops_per_second / 2 / PRODUCTS_PER_CYCLE[chip.name]
     return chip.hbm_bytes_per_second / chip.cores_per_chip / cycles_per_second
 

@@ -1,4 +1,4 @@
-"""How many instruction bundles the TPU compiler makes of the attention kernel, without a TPU.
+"""Instruction bundles that the TPU compiler makes of the attention kernel, without a TPU.
 
     python -m tests.aot.static_schedule            prints a table
     python -m tests.aot.static_schedule --write    and keeps it under benchmarks/
@@ -67,7 +67,7 @@ def schedule(
 
 
 def count_bundles(folder: Path, kernel: str) -> dict[str, int]:
-    """Of a kernel by its name, from what the compiler wrote down."""
+    """Counts the bundles of a kernel, given by name, in what the compiler wrote down."""
     (slots,) = folder.glob(f"*-{kernel}.*final_hlo-static-per-bundle-utilization.txt")
     prefix = slots.name.split(f"{kernel}.")[0]
     (bundles,) = (

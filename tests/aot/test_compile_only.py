@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the program printed, and how it ended."""
+    """The output of the program, and its exit status."""
 
     status: int
     stdout: str
@@ -71,7 +71,6 @@ def check(answer: Answer, num_chips: int) -> None:
     assert "a roofline, no measurement" in answer.stdout
 
 
-@pytest.mark.timeout(300)
 def test_a_small_model_fits_with_chips_to_spare() -> None:
     """3 kv heads are not divided over 8 chips: one is used. Two programs."""
     flags = ("--max-num-seqs", "8", "--max-num-batched-tokens", "64")
@@ -139,7 +138,6 @@ def test_ctrl_c_ends_it_at_once() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("model", "target", "num_chips"),
     [("llama-3-8b", "v5e-4", 4), ("llama-3-8b", "v5e-8", 8), ("llama-3-70b", "v6e-8", 8)],

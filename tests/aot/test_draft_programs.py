@@ -18,13 +18,12 @@ from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, batch_shapes
 from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from jaxinfer.speculation.drafting import TargetAndDraft
 from jaxinfer.step_state import abstract_state
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
-
-pytestmark = pytest.mark.timeout(600)
 
 LAYERS = 2
 MODEL = dataclasses.replace(model_config("llama-3-8b"), num_hidden_layers=LAYERS)
@@ -65,7 +64,7 @@ def compiled(target: str, num_tiles: int) -> Any:
         graph, state = models.abstract(model, DTYPES, mesh)
         graphs.append(graph)
         parameters.append(abstract_parameters(state, mesh))
-    state = abstract_state(MODEL, CONFIG, DTYPES, mesh, draft)
+    state = abstract_state(EngineSpec(MODEL, CONFIG, DTYPES, mesh, draft))
     with jax.set_mesh(mesh):
         lowered = step_program.lower(
             TargetAndDraft(*graphs), CONFIG, shape, TargetAndDraft(*parameters), state, mesh

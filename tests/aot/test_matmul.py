@@ -12,7 +12,6 @@ from tests.aot.test_step_programs import collectives
 CUSTOM_CALL = 'custom_call_target="tpu_custom_call"'
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("target", TARGETS)
 def test_bundles_are_those_that_were_kept(target: str) -> None:
     """That they compile says that vector memory suffices.

@@ -15,14 +15,13 @@ import pytest
 from checkpoints.configs import model_config
 from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import plan_num_pages
 from jaxinfer.sharding import make_mesh
 from jaxinfer_entrypoints.loading.sizes import tpu_kv_bytes
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 from jaxinfer_entrypoints.memory.plan import MemoryPlan, plan_memory
-
-pytestmark = pytest.mark.timeout(600)
 
 LAYERS = 2
 DENSE = dataclasses.replace(model_config("llama-3-8b"), num_hidden_layers=LAYERS)
@@ -52,7 +51,7 @@ class Compiled:
 
     @property
     def num_chips(self) -> int:
-        return self.engine.mesh.size
+        return self.engine.spec.mesh.size
 
 
 @functools.cache
@@ -60,17 +59,17 @@ def compiled(name: str) -> Compiled:
     """Compiled once for all tests of a target."""
     target, model = parse_target(name.split()[0]), EXPERTS if "experts" in name else DENSE
     mesh, hbm_bytes = make_mesh(topology_devices(target)), target.generation.hbm_bytes
-    left = tpu_kv_bytes(model, SIZES, DTYPES, mesh, hbm_bytes)
-    num_pages = plan_num_pages(model, 128, DTYPES.kv_cache, 8, 8192, left * mesh.size, mesh, True)
-    config = dataclasses.replace(SIZES, num_pages=num_pages)
-    engine = Engine(model, config, DTYPES, mesh)
+    spec = EngineSpec(model, SIZES, DTYPES, mesh)
+    num_pages = plan_num_pages(spec, tpu_kv_bytes(spec, hbm_bytes) * mesh.size)
+    spec = dataclasses.replace(spec, config=dataclasses.replace(SIZES, num_pages=num_pages))
+    engine = Engine(spec)
     with jax.set_mesh(mesh):
         engine.compile(shapes=[engine.shapes[0], engine.shapes[-1]])
-    return Compiled(engine, plan_memory(model, config, DTYPES, mesh), hbm_bytes)
+    return Compiled(engine, plan_memory(spec), hbm_bytes)
 
 
 def collectives(text: str) -> collections.Counter[tuple[str, int]]:
-    """How many of each kind and size, in numbers of the result, a program has."""
+    """Counts a program's collectives by kind and size, in numbers of the result."""
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
     for result, kind in re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text):
@@ -106,7 +105,7 @@ def test_weights_lie_as_products_want_them(name: str) -> None:
     Experts, [X, E, 2 F] and [X, F, E], are not.
     """
     one = compiled(name)
-    model = one.engine.model
+    model = one.engine.spec.model
     size = model.hidden_size
     heads, experts = (
         rf"{size},\d+,\d+(,128)?",
@@ -124,7 +123,7 @@ def test_weights_lie_as_products_want_them(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_two_sums_a_layer_and_no_gathered_weights_or_pages(name: str) -> None:
     one = compiled(name)
-    model = one.engine.model
+    model = one.engine.spec.model
     for shape, program in one.engine.programs.items():
         found = collectives(program.as_text())
         if one.num_chips == 1:

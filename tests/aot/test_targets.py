@@ -1,4 +1,4 @@
-"""What machine/tpu_targets.py says of chips, against what the compiler says."""
+"""Chips as machine/tpu_targets.py describes them, against the compiler's word."""
 
 import re
 

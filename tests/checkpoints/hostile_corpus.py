@@ -160,7 +160,7 @@ def write_packed_folder(folder: Path) -> None:
 
 
 def write_converted(folder: Path) -> None:
-    """What convert.py makes of a Qwen2."""
+    """Writes what convert.py makes of a Qwen2."""
     source = folder.with_name("converted.gguf")
     write_byte_level_qwen2(source)
     checkpoint = open_checkpoint(source)

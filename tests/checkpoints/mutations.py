@@ -294,7 +294,7 @@ def _renamed(path: list[int], new: str) -> Callable[[Any], Any]:
 
 
 def _copied(path: list[int], source: list[int]) -> Callable[[Any], Any]:
-    """What is at ``source`` takes the place of what is at ``path``."""
+    """Puts what is at ``source`` in the place of what is at ``path``."""
 
     def copy(value: Any) -> Any:
         found = value

@@ -1,9 +1,9 @@
 """2,000 damaged files: each is read, or refused with a ``ValueError`` in one line that names it.
 
 Whatever a file says, opening it, its tokenizer, a text and a chat through that, and all parameters
-take no longer than ``MAX_SECONDS`` and no more memory than ``memory_limit`` of the bytes that are
-there. Python's and numpy's memory is counted by tracemalloc, array by array, touched or not; that
-of the libraries underneath (tokenizers, safetensors, XLA) by the kernel, page by page.
+take no longer than ``MAX_SECONDS`` of the processor and no more memory than ``memory_limit`` of the
+bytes that are there. Python's and numpy's memory is counted by tracemalloc, array by array, touched
+or not; that of the libraries underneath (tokenizers, safetensors, XLA) by the kernel, page by page.
 """
 
 import gc
@@ -86,7 +86,7 @@ class Case:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
-        resident, start = PeakMemory(), time.monotonic()
+        resident, start = PeakMemory(), time.process_time()
         try:
             use(self.path)
             self.outcomes["read"] += 1
@@ -98,7 +98,7 @@ class Case:
             assert str(folder) in message, message[:MAX_MESSAGE]
             assert len(message.splitlines()) == 1, message[:MAX_MESSAGE]
             assert len(message) <= MAX_MESSAGE, message[:MAX_MESSAGE]
-        seconds = time.monotonic() - start
+        seconds = time.process_time() - start
         _, peak = tracemalloc.get_traced_memory()
         assert seconds < MAX_SECONDS
         assert peak - before <= MAX_FACTOR * size + MAX_CONSTANT

@@ -21,6 +21,7 @@ from tests.checkpoints.floats import FloatTensors
 from tests.checkpoints.gguf import tiny_gguf
 from tests.conftest import ManyDevices
 from tests.data.random_llama import CONFIGS, draw_weights
+from tests.patience import WORK_SECONDS
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,12 @@ def test_physical_parameters_stand_for_those_of_one_device(
 
 @pytest.mark.model
 def test_the_default_model_loads_in_seconds() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     checkpoint = open_checkpoint(resolve("smollm2-135m-instruct"))
     parameters = load_parameters(checkpoint, abstract_parameters(checkpoint.model))
     jax.block_until_ready(parameters)
-    # 0.5 s on two idle cores; the limit is the promise, with room for a busy machine.
-    assert time.monotonic() - start < 10
+    # 0.7 s of two cores: of processors' time, since others may have them meanwhile.
+    assert time.process_time() - start < WORK_SECONDS
     assert isinstance(checkpoint, GGUFCheckpoint)
     down = checkpoint.tensor("layers.7.down")
     np.testing.assert_array_equal(parameters["layers"][7]["mlp"]["down_proj"], down.T)

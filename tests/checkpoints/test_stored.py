@@ -11,6 +11,7 @@ from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from checkpoints.load import load_parameters
 from checkpoints.stored import stored_formats
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import make_mesh
@@ -81,7 +82,7 @@ def tokens_of(path: Path, num_devices: int, stored: bool) -> list[int]:
     checkpoint = GGUFCheckpoint(path)
     dtypes = policy(checkpoint) if stored else CPU_DTYPES
     mesh = make_mesh(jax.devices()[:num_devices])
-    engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     made = quantized_weights(checkpoint.model, dtypes, mesh)
     loaded = load_parameters(

@@ -93,7 +93,7 @@ def gptq(bits: int, group: int, is_symmetric: bool) -> dict[str, Any]:
 
 
 def case(config: dict[str, Any], tensors: Any, numbers: torch.Tensor) -> dict[str, Any]:
-    """What a test reads; arrays as base64."""
+    """Returns what a test reads; arrays as base64."""
     stored = {name: encoded(tensor) for name, tensor in tensors.items()}
     return {"config": config, "tensors": stored, "numbers": encoded(numbers.float())}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from serving.client import AsyncClient
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS = json.loads((ROOT / "tests/data/smollm2_f32.json").read_text())["prompts"]
@@ -47,7 +48,7 @@ def server(*flags: str) -> Iterator[str]:
         assert match, line
         yield match.group(1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=HANG_SECONDS) == 0
     finally:
         process.kill()
         process.stdout.close()

@@ -47,7 +47,7 @@ def next_token(request: Request, choice: int, token_ids: list[int]) -> int:
 
 
 def solo(request: Request, choice: int = 0) -> tuple[tuple[int, ...], FinishReason]:
-    """What a choice yields on its own."""
+    """Returns the tokens that a choice yields on its own, and why it ends."""
     token_ids = list(request.prompt_token_ids)
     for _ in range(request.max_tokens):
         token_ids.append(next_token(request, choice, token_ids))
@@ -58,7 +58,7 @@ def solo(request: Request, choice: int = 0) -> tuple[tuple[int, ...], FinishReas
 
 @dataclass
 class Slot:
-    """What the device knows of the sequence in a slot."""
+    """The device's knowledge of the sequence in a slot."""
 
     admission: int = -1
     token_ids: list[int] = field(default_factory=list)
@@ -87,7 +87,7 @@ class FakeDevice:
         self.num_steps = 0
 
     def run(self, schedule: Schedule) -> StepOutput:
-        """What a call yields; ``num_steps`` counts those that had a row to compute."""
+        """Returns the yield of a call; ``num_steps`` counts those that had a row to compute."""
         self.check_rows(schedule)
         # Pages that this call writes may not be found by it: kernels attend before all is written.
         before = [list(page) for page in self.pages]

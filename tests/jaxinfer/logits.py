@@ -12,6 +12,7 @@ from flax import nnx
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import make_mesh
@@ -29,7 +30,7 @@ def prompt_logits(
 ) -> np.ndarray:
     """[n, V] float32 after every token of a prompt, computed in chunks of ``num_tiles`` tiles."""
     mesh = make_mesh(jax.devices("cpu")[:1])
-    abstract = abstract_state(model, config, dtypes, mesh)
+    abstract = abstract_state(EngineSpec(model, config, dtypes, mesh))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     shape, size = BatchShape(8, num_tiles), num_tiles * config.chunk_tile
 

@@ -10,13 +10,13 @@ import pytest
 from jaxinfer.engine import Engine, check_parameters
 from jaxinfer.request import FinishReason, Request
 from tests.jaxinfer.tiny import (
-    CPU_DTYPES,
     make_engine,
     random_parameters,
     random_request,
     run_all,
     tiny_config,
     tiny_model,
+    tiny_spec,
 )
 
 
@@ -119,10 +119,7 @@ def test_at_most_ten_programs() -> None:
     for seqs in (1, 8, 9, 64, 256):
         for tokens in (16, 64, 512, 8192):
             engine = Engine(
-                tiny_model(),
-                tiny_config(max_num_seqs=seqs, max_num_batched_tokens=tokens),
-                CPU_DTYPES,
-                shared_engine().mesh,
+                tiny_spec(tiny_config(max_num_seqs=seqs, max_num_batched_tokens=tokens))
             )
             assert 1 <= len(engine.shapes) <= 10
 
@@ -257,16 +254,15 @@ def test_several_steps_in_one_call_give_the_same_tokens() -> None:
 
 
 def test_many_threads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh = shared_engine().mesh
     monkeypatch.setenv("NPROC", "5")
     with pytest.warns(RuntimeWarning, match="XLA has 5 threads"):
-        Engine(tiny_model(), tiny_config(), CPU_DTYPES, mesh)
-    Engine(tiny_model(), tiny_config(batch_invariant=False), CPU_DTYPES, mesh)
+        Engine(tiny_spec())
+    Engine(tiny_spec(tiny_config(batch_invariant=False)))
 
 
 def test_one_program_is_enough() -> None:
     model = tiny_model()
-    engine = Engine(model, tiny_config(), CPU_DTYPES, shared_engine().mesh)
+    engine = Engine(tiny_spec(tiny_config(), model))
     with pytest.raises(ValueError, match=r"no shape of .* has room"):
         engine.compile(shapes=engine.shapes[:1])
     engine.compile(shapes=engine.shapes[-1:])
@@ -277,7 +273,7 @@ def test_one_program_is_enough() -> None:
 def test_no_step_is_larger_than_what_was_compiled() -> None:
     """Two small programs also serve more and longer requests than they hold at once."""
     model = tiny_model()
-    engine = Engine(model, tiny_config(max_num_seqs=16), CPU_DTYPES, shared_engine().mesh)
+    engine = Engine(tiny_spec(tiny_config(max_num_seqs=16), model))
     small = [shape for shape in engine.shapes if shape.num_decodes == 8 and shape.num_tiles <= 1]
     assert small[-1].num_tiles < engine.shapes[-1].num_tiles
     engine.compile(shapes=small)

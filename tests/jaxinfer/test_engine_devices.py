@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxinfer import models
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import make_mesh, physical_model, physical_parameter
 from tests.conftest import ManyDevices
 from tests.jaxinfer.tiny import CPU_DTYPES, random_request, run_all, tiny_config, tiny_model
@@ -22,7 +23,7 @@ def outputs_over(
     """Greedy and seeded requests on an engine with few pages, its kv heads split or repeated."""
     mesh = make_mesh(jax.devices("cpu")[:num_devices])
     config = tiny_config(num_pages=24, max_steps_per_call=max_steps_per_call)
-    engine = Engine(MODEL, config, replace(CPU_DTYPES, kv_cache=kv_cache), mesh)
+    engine = Engine(EngineSpec(MODEL, config, replace(CPU_DTYPES, kv_cache=kv_cache), mesh))
     engine.compile(shapes=[engine.shapes[0], engine.shapes[-1]])
     logical = nnx.to_pure_dict(nnx.state(models.build(MODEL, CPU_DTYPES, nnx.Rngs(0))))
     logical["lm_head"] = logical["lm_head"] * 3

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -51,7 +52,7 @@ class Probe:
         self.graph, state = models.abstract(self.model, self.dtypes)
         mesh = make_mesh(jax.devices("cpu")[:1])
         self.parameters_shape = abstract_parameters(state, mesh)
-        self.state_shape = abstract_state(self.model, CONFIG, self.dtypes, mesh)
+        self.state_shape = abstract_state(EngineSpec(self.model, CONFIG, self.dtypes, mesh))
         full = models.build(self.model, self.dtypes, nnx.Rngs(0))
         self.parameters = jax.device_put(nnx.to_pure_dict(nnx.state(full)))
         self.reset()

@@ -1,13 +1,18 @@
-"""What a page costs, and how many fit."""
+"""The cost of a page, and the number of pages that fit."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
-from jaxinfer.kv_cache import abstract_kv_pages, page_bytes, plan_num_pages
+from jaxinfer.config import DraftModel
+from jaxinfer.engine_spec import EngineSpec
+from jaxinfer.kv_cache import abstract_kv_pages, bytes_per_page, page_bytes, plan_num_pages
 from jaxinfer.sharding import make_mesh
 from tests.conftest import ManyDevices
-from tests.jaxinfer.tiny import tiny_model
+from tests.jaxinfer.tiny import CPU_DTYPES, tiny_config, tiny_model
 
 
 def test_page_bytes_are_those_of_the_arrays() -> None:
@@ -30,17 +35,32 @@ def test_a_byte_a_number_and_a_scale_a_row(backend: str, head_dim: int, times: f
         assert whole / page_bytes(model, 128, dtype, mesh, backend) >= times
 
 
+def spec_for(mesh: Mesh, **changes: Any) -> EngineSpec:
+    """Pages of 16 tokens, 4 slots of at most 100 tokens."""
+    sizes = {"max_num_seqs": 4, "max_model_len": 100, "page_size": 16} | changes
+    return EngineSpec(tiny_model(), tiny_config(**sizes), CPU_DTYPES, mesh)
+
+
 def test_no_more_pages_than_memory_or_use() -> None:
-    model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
-    size = page_bytes(model, 16, "float32", mesh)
-    plan = {"model": model, "page_size": 16, "dtype": "float32", "mesh": mesh}
-    assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10 * size) == 10
-    assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=10**12) == 28
-    assert plan_num_pages(**plan, max_num_seqs=4, max_model_len=100, memory_bytes=size - 1) == 0
+    mesh = make_mesh(jax.devices("cpu")[:1])
+    size = page_bytes(tiny_model(), 16, "float32", mesh)
+    spec = spec_for(mesh, prefix_cache=False)
+    assert bytes_per_page(spec) == size
+    assert plan_num_pages(spec, 10 * size) == 10
+    assert plan_num_pages(spec, 10**12) == 28
+    assert plan_num_pages(spec, size - 1) == 0
     # A prefix cache makes use of all there is.
-    plan |= {"max_num_seqs": 4, "max_model_len": 100, "prefix_cache": True}
-    assert plan_num_pages(**plan, memory_bytes=1000 * size) == 1000
-    assert plan_num_pages(**plan, memory_bytes=1 << 60) == 1 << 24
+    spec = spec_for(mesh, prefix_cache=True)
+    assert plan_num_pages(spec, 1000 * size) == 1000
+    assert plan_num_pages(spec, 1 << 60) == 1 << 24
+
+
+def test_a_draft_model_has_its_part_of_a_page() -> None:
+    mesh = make_mesh(jax.devices("cpu")[:1])
+    draft = DraftModel(tiny_model(num_hidden_layers=1), CPU_DTYPES)
+    config = tiny_config(page_size=16, draft="model")
+    spec = EngineSpec(tiny_model(), config, CPU_DTYPES, mesh, draft)
+    assert 2 * bytes_per_page(spec) == 3 * page_bytes(tiny_model(), 16, "float32", mesh)
 
 
 def pages_by_devices() -> list[tuple[int, int]]:
@@ -49,10 +69,7 @@ def pages_by_devices() -> list[tuple[int, int]]:
     meshes = [make_mesh(jax.devices("cpu")[:count]) for count in (1, 2, 4)]
     ten = 10 * page_bytes(model, 16, "float32", meshes[0])
     return [
-        (
-            page_bytes(model, 16, "float32", mesh),
-            plan_num_pages(model, 16, "float32", 4, 10_000, ten, mesh),
-        )
+        (page_bytes(model, 16, "float32", mesh), plan_num_pages(spec_for(mesh), ten))
         for mesh in meshes
     ]
 

@@ -11,13 +11,12 @@ from jaxinfer.engine import Engine
 from jaxinfer.sharding import make_mesh, place
 from tests.conftest import ManyDevices
 from tests.jaxinfer.tiny import (
-    CPU_DTYPES,
     make_engine,
     random_parameters,
     random_request,
     run_all,
-    tiny_config,
     tiny_model,
+    tiny_spec,
 )
 
 
@@ -29,7 +28,7 @@ def order(leaf: Any) -> tuple[int, ...]:
 
 def test_a_weight_lies_as_matrices_of_embed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "TILED_PLATFORMS", ("cpu",))
-    engine = Engine(tiny_model(), tiny_config(), CPU_DTYPES, make_mesh(jax.devices()[:1]))
+    engine = Engine(tiny_spec())
     layer = engine.abstract_parameters["layers"][0]
     layer = {**layer, **layer["attention"], **layer["mlp"]}
     assert order(layer["qkv"]) == (1, 2, 0, 3)
@@ -42,7 +41,7 @@ def test_tokens_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [random_request(f"r{i}", 5 + 9 * i, 10, seed=i) for i in range(3)]
     expected = run_all(make_engine(), requests)
     monkeypatch.setattr(sharding, "TILED_PLATFORMS", ("cpu",))
-    engine = Engine(tiny_model(), tiny_config(), CPU_DTYPES, make_mesh(jax.devices()[:1]))
+    engine = Engine(tiny_spec())
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     placed = jax.tree.map(place, random_parameters(tiny_model()), engine.abstract_parameters)
     assert order(placed["layers"][0]["attention"]["qkv"]) == (1, 2, 0, 3)

@@ -143,7 +143,7 @@ class Runner:
 
 
 def collectives(compiled: Any) -> dict[tuple[str, str], int]:
-    """How many of each kind and shape (smallest dimension first) a program has, from its text."""
+    """Counts a program's collectives by kind and shape (smallest dimension first) in its text."""
     kinds = "|".join(COLLECTIVES)
     found = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", compiled.as_text())
     counts: collections.Counter[tuple[str, str]] = collections.Counter()

@@ -7,8 +7,9 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer import models
-from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -49,6 +50,17 @@ def tiny_config(**changes: Any) -> EngineConfig:
     return EngineConfig(**(values | changes))
 
 
+def tiny_spec(
+    config: EngineConfig | None = None,
+    model: ModelConfig | None = None,
+    dtypes: DtypePolicy = CPU_DTYPES,
+    draft: DraftModel | None = None,
+) -> EngineSpec:
+    """A tiny model, or another one, on one CPU device."""
+    mesh = make_mesh(jax.devices("cpu")[:1])
+    return EngineSpec(model or tiny_model(), config or tiny_config(), dtypes, mesh, draft)
+
+
 def random_parameters(model: ModelConfig, seed: int = 0) -> dict[Any, Any]:
     """Parameters drawn by the model's own declarations, the head widened for clear logits."""
     state = nnx.state(models.build(model, CPU_DTYPES, nnx.Rngs(seed)))
@@ -62,8 +74,7 @@ def make_engine(
 ) -> Engine:
     """A compiled and started engine on one CPU device."""
     model = model or tiny_model()
-    mesh = make_mesh(jax.devices("cpu")[:1])
-    engine = Engine(model, config or tiny_config(), CPU_DTYPES, mesh)
+    engine = Engine(tiny_spec(config, model))
     engine.compile()
     engine.start(jax.device_put(random_parameters(model, seed)))
     return engine

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serving.rpc.server import serve
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import FakeEngine, served_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,15 +71,15 @@ class Process:
         """Waits for output; returns where the match ends."""
         with self._lines:
             found = self._lines.wait_for(
-                lambda: re.compile(pattern).search(self.output, after), timeout=30
+                lambda: re.compile(pattern).search(self.output, after), timeout=HANG_SECONDS
             )
         assert found, f"no {pattern!r} in {self.output!r}"
         return found.end()
 
     def end(self) -> int:
         self.process.kill()
-        self.process.wait(timeout=20)
-        self._reader.join(timeout=20)
+        self.process.wait(timeout=HANG_SECONDS)
+        self._reader.join(timeout=HANG_SECONDS)
         for end in self._open:
             os.close(end)
         return self.process.returncode
@@ -94,7 +95,7 @@ def chatting(address: str, *flags: str, terminal: bool = False) -> Iterator[Proc
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -109,9 +110,9 @@ def server_on(port: int, engine: FakeEngine) -> Iterator[None]:
     thread = threading.Thread(target=lambda: loop.run_until_complete(task))
     thread.start()
     try:
-        assert ready.wait(timeout=20)
+        assert ready.wait(timeout=HANG_SECONDS)
         yield
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=20)
+        thread.join(timeout=HANG_SECONDS)
         loop.close()

@@ -18,7 +18,7 @@ SIZES = ["--cpu", "--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--kv
 
 @dataclass(frozen=True)
 class Result:
-    """What a script printed, and how it ended."""
+    """A script's output, and how it ended."""
 
     stdout: str
     stderr: str

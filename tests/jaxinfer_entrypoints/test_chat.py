@@ -13,6 +13,7 @@ from serving.client import Client, ServerError
 from serving.client.events import Delta, Event
 from tests.jaxinfer_entrypoints.chat_process import Process, chatting, server_on, wait_until
 from tests.jaxinfer_entrypoints.conftest import Result
+from tests.patience import HANG_SECONDS
 from tests.serving.client.test_client import server_in_thread
 from tests.serving.fakes import (
     MAX_MODEL_LEN,
@@ -48,7 +49,7 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def prompt_of(*turns: tuple[str, str]) -> list[int]:
-    """What the fake template makes of a conversation."""
+    """Returns what the fake template makes of a conversation."""
     return ByteTokenizer().encode_chat([{"role": r, "content": c} for r, c in turns])
 
 
@@ -239,7 +240,7 @@ def test_interrupting_an_answer_in_a_terminal() -> None:
         at = process.expect("stopped by Ctrl-C", at)
         at = process.expect("> ", at)
         process.send("\x04")  # Ctrl-D
-        assert process.process.wait(timeout=20) == 0
+        assert process.process.wait(timeout=HANG_SECONDS) == 0
         wait_until(lambda: engine.stats.num_free_pages == NUM_PAGES)
     prompt = bytes(engine.requests[1].prompt_token_ids[1:]).decode()
     assert re.fullmatch(r"\[user\]hello\[assistant\][a-z]{10,}\[user\]again\$\[a\]", prompt)
@@ -256,7 +257,7 @@ def test_interrupting_before_any_text() -> None:
         process.interrupt()
         process.expect("stopped by Ctrl-C before any text: the message is out of the history")
         engine.gate.set()
-        assert process.process.wait(timeout=20) == 0
+        assert process.process.wait(timeout=HANG_SECONDS) == 0
         wait_until(lambda: engine.stats.num_free_pages == NUM_PAGES)
     assert list(engine.requests[1].prompt_token_ids) == prompt_of(("user", "again"))
 
@@ -279,7 +280,7 @@ def test_a_lost_server_is_one_line_and_may_come_back() -> None:
             process.send("three\n")
             process.expect(r"tokens, .*length\n", at)
             process.close_input()
-            assert process.process.wait(timeout=20) == 1
+            assert process.process.wait(timeout=HANG_SECONDS) == 1
         prompt = bytes(engine.requests[0].prompt_token_ids[1:])
         assert b"one" in prompt
         assert b"two" not in prompt
@@ -303,13 +304,13 @@ def test_a_server_that_aborts_says_so(chat_with: Chat) -> None:
         thread = threading.Thread(target=abort)
         thread.start()
         result = chat_with(address, "x\n/history\n", "--max-tokens", "400")
-        thread.join(timeout=20)
+        thread.join(timeout=HANG_SECONDS)
     assert "aborted by the server: what came stays in the history" in result.stderr
     assert re.search(r"user: x\nassistant: [a-z]+\n", result.stdout)
 
 
 def test_an_answer_that_breaks_off(chat_with: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What came of it ends its line; neither it nor the message stays."""
+    """The answer so far ends its line; neither it nor the message stays."""
 
     def broken(*_: object, **__: object) -> Iterator[Event]:
         yield Delta(0, "begun", (1, 2))

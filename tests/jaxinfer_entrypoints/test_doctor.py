@@ -23,11 +23,13 @@ from jaxinfer_entrypoints.diagnosis import devices as doctor_devices
 from jaxinfer_entrypoints.diagnosis import machine as doctor_machine
 from jaxinfer_entrypoints.diagnosis import problems as doctor_problems
 from jaxinfer_entrypoints.diagnosis.problems import find_problems
-from jaxinfer_entrypoints.loading import assembly
 from jaxinfer_entrypoints.loading import devices as platforms
 from jaxinfer_entrypoints.loading import sizes as engine_sizes
+from jaxinfer_entrypoints.loading.assembly import use_compilation_cache
+from jaxinfer_entrypoints.loading.options import DEFAULT_MODEL, LoadOptions
 from jaxinfer_entrypoints.memory import plan as memory_plan
 from tests.jaxinfer_entrypoints.doctor_report import CPU, FIT, HEALTHY
+from tests.patience import HANG_SECONDS
 from tests.serving.client.test_client import server_in_thread
 from tests.serving.fakes import FakeEngine
 
@@ -35,7 +37,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_as_a_process(tmp_path: Path) -> None:
-    """What anyone would paste: the machine's devices, no secrets, no home folder."""
+    """The page can be pasted: the machine's devices, no secrets, no home folder."""
     home = tmp_path / "someone"
     home.mkdir()
     variables = {
@@ -56,7 +58,7 @@ def test_as_a_process(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             encoding="utf-8",
-            timeout=120,
+            timeout=HANG_SECONDS,
             check=False,
         )
         for flags in (["--json"], ["--tpu", "v5e"])
@@ -68,11 +70,11 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert shown["JAX_REMOTE"] == "https://(not shown)@host/x"
     assert shown["TPU_DUMP"] == "~/dump"
     assert report["caches"]["programs"]["path"] == "~/.cache/jaxinfer/xla"
-    assert report["models"] == {assembly.DEFAULT_MODEL: False}
-    assert report["fits"][0]["model"] == assembly.DEFAULT_MODEL
+    assert report["models"] == {DEFAULT_MODEL: False}
+    assert report["fits"][0]["model"] == DEFAULT_MODEL
     assert {fit["model"] for fit in report["fits"]} == set(doctor_devices.SHAPES)
     what = [problem["what"] for problem in report["problems"]]
-    assert f"not in the cache: {assembly.DEFAULT_MODEL}" in what
+    assert f"not in the cache: {DEFAULT_MODEL}" in what
     assert results[0].returncode == (0 if report["can_serve"] else 1), report["problems"]
     # Without the device that was asked for the page is there all the same.
     page = results[1]
@@ -139,10 +141,10 @@ def test_devices_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     started = time.monotonic()
     found = look_with(f"sleep 50 & echo $! > {tmp_path}/pid; wait", tmp_path, monkeypatch)
     assert found == {"error": "looking for devices took longer than 1 s"}
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < HANG_SECONDS
     child = int((tmp_path / "pid").read_text())
     state = re.compile(r"^State:\s+Z", re.MULTILINE)  # ended, and not yet collected
-    for _ in range(200):
+    while True:
         status = Path(f"/proc/{child}/status")
         if not status.exists() or state.search(status.read_text()):
             break
@@ -204,8 +206,8 @@ def test_shapes_have_the_published_number_of_parameters(name: str, count: int) -
 
 @pytest.mark.model
 def test_the_default_model_has_its_shape() -> None:
-    checkpoint = open_checkpoint(resolve(assembly.DEFAULT_MODEL))
-    model, shape = checkpoint.model, doctor_devices.SHAPES[assembly.DEFAULT_MODEL]
+    checkpoint = open_checkpoint(resolve(DEFAULT_MODEL))
+    model, shape = checkpoint.model, doctor_devices.SHAPES[DEFAULT_MODEL]
     assert (model.rope_theta, model.rms_norm_eps) == pytest.approx((shape.rope_theta, 1e-5))
     for name in vars(shape).keys() - {"rope_theta", "rms_norm_eps"}:
         assert getattr(model, name) == getattr(shape, name), name
@@ -213,10 +215,8 @@ def test_the_default_model_has_its_shape() -> None:
 
 def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 30 layers x 2 x 3 kv heads x 64 x 4 bytes are 46,080 bytes a token."""
-    parser = doctor_devices.argparse.ArgumentParser()
-    assembly.add_engine_options(parser)
-    options = parser.parse_args([])
-    model, devices = doctor_devices.SHAPES[assembly.DEFAULT_MODEL], jax.devices()[:1]
+    options = LoadOptions()
+    model, devices = doctor_devices.SHAPES[DEFAULT_MODEL], jax.devices()[:1]
     parameters = 4 * 134_515_008
     for module in (engine_sizes, doctor_devices):
         monkeypatch.setattr(module, "free_bytes", lambda _: parameters + (3 << 30))
@@ -252,7 +252,7 @@ def test_what_stands_elsewhere_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     updates: dict[str, Any] = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    assembly.use_compilation_cache()
+    use_compilation_cache()
     programs = doctor_machine.caches()["programs"]
     assert programs["path"] == updates["jax_compilation_cache_dir"]
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from checkpoints.load import Checkpoint
-from jaxinfer_entrypoints.command_line.draft import check_vocabulary
+from jaxinfer_entrypoints.loading.draft import check_vocabulary
 from tests.checkpoints.gguf.tiny_gguf import (
     CONFIG,
     UINT32,

@@ -62,7 +62,7 @@ Convert = Callable[..., str]
 
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """What convert.py prints, or the line it ends with."""
+    """Returns what convert.py prints, or the line it ends with."""
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["convert", *arguments])

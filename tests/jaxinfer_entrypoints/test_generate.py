@@ -18,6 +18,7 @@ from jaxinfer_entrypoints.generate import shapes_for
 from jaxinfer_entrypoints.loading.assembly import PickShapes
 from serving.text.tokenizer import Tokenizer
 from tests.jaxinfer_entrypoints.conftest import SIZES, Run
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import FakeEngine, expected_text, expected_token_ids, served_model
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +216,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
     def load(_options: object, _phases: object, pick_shapes: PickShapes) -> SimpleNamespace:
         config = served.engine_config
-        planned = SimpleNamespace(config=config, model=served.model, shapes=batch_shapes(config))
+        spec = SimpleNamespace(config=config, model=served.model)
+        planned = SimpleNamespace(spec=spec, shapes=batch_shapes(config))
         pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer), SamplingParams())
         return SimpleNamespace(
             engine=engine,
@@ -228,9 +230,16 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     return engine
 
 
+def planned_engine(config: EngineConfig) -> Engine:
+    spec = SimpleNamespace(config=config)
+    return cast(Engine, SimpleNamespace(spec=spec, shapes=batch_shapes(config)))
+
+
 def test_programs_for_guesses_are_compiled_too() -> None:
     config = EngineConfig(max_num_seqs=16, draft="ngram", num_drafts=7)
-    planned = cast(Engine, SimpleNamespace(config=config, shapes=batch_shapes(config)))
+    planned = cast(
+        Engine, SimpleNamespace(spec=SimpleNamespace(config=config), shapes=batch_shapes(config))
+    )
     picked = shapes_for(planned, [Request("a", (1,) * 9, 4)])
     assert picked is not None
     assert [(s.num_decodes, s.num_tiles, s.num_drafts) for s in picked] == [
@@ -254,7 +263,9 @@ def test_only_what_the_prompts_need_is_compiled(
     lengths: list[int], n: int, shapes: list[tuple[int, int]] | None
 ) -> None:
     config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=512)
-    planned = cast(Engine, SimpleNamespace(config=config, shapes=batch_shapes(config)))
+    planned = cast(
+        Engine, SimpleNamespace(spec=SimpleNamespace(config=config), shapes=batch_shapes(config))
+    )
     requests = [Request(str(i), (1,) * length, 4, n=n) for i, length in enumerate(lengths)]
     picked = shapes_for(planned, requests)
     assert shapes == (picked and [(shape.num_decodes, shape.num_tiles) for shape in picked])
@@ -347,7 +358,7 @@ def test_runs_as_a_program_from_anywhere(model_path: Path, tmp_path: Path) -> No
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=True,
         env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)},
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from serving.client import AsyncClient
-from serving.client.events import GenerateOptions
+from serving.client.options import GenerateOptions
 from tests.jaxinfer_entrypoints.conftest import SIZES
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,7 +39,7 @@ def test_replicas_give_the_same_answers(
         assert match
         asyncio.run(check(match.group(1)))
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0
         # What goes where, before the first request.
         for name in ("parameters", "kv cache", "slots", "temporaries", "total", "replica 2"):

@@ -21,12 +21,11 @@ def generate(num_devices: int, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, str(script), "--cpu", "--tensor-parallel", str(num_devices)]
     command += ["--input", str(lines), "--json", "--quiet", "--ignore-eos", "--max-tokens", "24"]
     command += ["--logprobs", "2", "--max-model-len", "256", "--kv-memory", "64MiB"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(600)  # programs for three devices are compiled
 @pytest.mark.model
 def test_three_devices_give_the_tokens_of_one(tmp_path: Path) -> None:
     num_compared = 0

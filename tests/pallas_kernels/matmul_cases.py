@@ -42,7 +42,7 @@ class Int8Case:
         )
 
     def sizes(self, arrays: tuple[Any, ...]) -> np.ndarray:
-        """Of what a product would be of the largest number of a row and all weights positive."""
+        """A fraction of the product of a row's largest number with all weights positive."""
         x, values, scales = (np.asarray(array, np.float32) for array in arrays)
         largest = np.abs(x).reshape(self.rows, -1).max(axis=1)
         weights = np.abs(values).reshape(*self.outputs, -1).sum(axis=-1) * scales
@@ -50,7 +50,7 @@ class Int8Case:
 
     @property
     def tolerance(self) -> float:
-        """Of ``sizes``. Sums of float32; steps of XLA's 16 bits; rounding of bfloat16's rows."""
+        """A fraction of ``sizes``: float32 sums; steps of XLA's 16 bits; bfloat16 rows."""
         return 1e-6 + (0.5 / 16256 if self.bits == 16 else 0)
 
 
@@ -115,7 +115,7 @@ class GroupedCase:
         return np.asarray(grouped_matmul(*arrays, backend=backend))
 
     def sizes(self, arrays: tuple[Any, ...]) -> np.ndarray:
-        """What the products would be, were all terms of a sum positive."""
+        """Returns the products, were all terms of a sum positive."""
         x, _, scales, minimums = arrays
         largest = {4: 15 if self.has_minimums else 8, 8: 127}[self.bits]
         sums = jnp.abs(x.astype(jnp.float32)).reshape(self.rows, -1, self.group).sum(axis=2)
@@ -126,7 +126,7 @@ class GroupedCase:
 
     @property
     def tolerance(self) -> float:
-        """Of ``sizes``: weights have the 8 bits of bfloat16 where the rows do."""
+        """A fraction of ``sizes``: weights have the 8 bits of bfloat16 where the rows do."""
         return 2.0**-9 if self.dtype == "bfloat16" else 1e-6
 
 

@@ -79,7 +79,7 @@ def test_16_bits_are_exact_where_the_row_is_of_integers() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_integers_as_floats(dtype: jnp.dtype) -> None:
-    """What accelerators take for 16 bits: int8 values are exact in both dtypes."""
+    """Accelerators take this for 16 bits: int8 values are exact in both dtypes."""
     x, values, scales = draw(8, (64,), (48,))
     rows = jnp.asarray(x, dtype)
     found = _with_floats(rows, values, scales)

@@ -84,7 +84,7 @@ QUANTIZED += [("verify_mixed", "reference", dtype) for dtype in ("int8", "uint8"
 
 @pytest.mark.parametrize(("name", "backend", "dtype"), QUANTIZED)
 def test_quantized_pages(name: str, backend: str, dtype: str) -> None:
-    """What lies in the pages is the truth, new rows included: beyond their rounding no error."""
+    """The pages are the truth, new rows included: beyond their rounding no error."""
     case = BY_NAME[name]
     inputs = build(case)
     queries, keys, values, kv_pages = inputs.arrays(backend, dtype=jnp.float32)

@@ -96,7 +96,7 @@ def test_case(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ragged_chunk", "mixed", "verify_mixed", "chunk_across_blocks"])
 def test_copies_that_do_not_wait(name: str) -> None:
-    """What is fetched too early is read before it is written."""
+    """A row fetched too early is read before it is written."""
     case = BY_NAME[name]
     inputs = build(case)
     outputs, pages = run(case, inputs.arrays("tpu"), inputs, copies="eager")
@@ -113,7 +113,7 @@ QUANTIZED = (
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 @pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
 def test_quantized_pages(case: AttentionCase, dtype: str) -> None:
-    """What lies in the pages is the truth, new rows included: beyond their rounding no error."""
+    """The pages are the truth, new rows included: beyond their rounding no error."""
     inputs = build(case)
     queries, keys, values, _ = inputs.arrays("tpu")
     pages = tpu.from_logical(jnp.asarray(inputs.key_pages), jnp.asarray(inputs.value_pages), dtype)

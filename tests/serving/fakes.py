@@ -10,6 +10,7 @@ from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.schedule import EngineStats, RequestOutput, TokenLogprobs
 from serving.served_model import ServedModel
+from tests.patience import HANG_SECONDS
 
 EOS = 257
 VOCAB_SIZE = 258
@@ -72,7 +73,7 @@ class ByteTokenizer:
 def expected_token_ids(
     prompt: Sequence[int], num_tokens: int, seed: int = 0, choice: int = 0
 ) -> list[int]:
-    """What ``FakeEngine`` generates: lower-case letters, a function of what is given here."""
+    """Returns the tokens of ``FakeEngine``: lower-case letters, a function of the arguments."""
     return [expected_token_id(prompt, i, seed, choice) for i in range(num_tokens)]
 
 
@@ -164,7 +165,7 @@ class FakeEngine:
 
     def step(self) -> list[RequestOutput]:
         self.threads.add(threading.get_ident())
-        assert self.gate.wait(timeout=20)
+        assert self.gate.wait(timeout=HANG_SECONDS)
         if self.step_seconds:
             time.sleep(self.step_seconds)
         self.num_steps += 1

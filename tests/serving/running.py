@@ -9,16 +9,15 @@ from typing import Any
 from jaxinfer.request import SamplingParams
 from serving.client import AsyncClient
 from serving.rpc.server import serve
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
-
-TIMEOUT = 30.0
 
 
 def run[T](test: Coroutine[None, None, T]) -> T:
-    """Runs an asynchronous test, which must end within ``TIMEOUT`` seconds."""
+    """Runs an asynchronous test, which must end some time."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(HANG_SECONDS):
             return await test
 
     return asyncio.run(bounded())
@@ -64,7 +63,7 @@ async def running_client(*engines: FakeEngine, **options: Any) -> AsyncIterator[
         await until(lambda: all(e.stats.num_free_pages == NUM_PAGES for e in engines))
 
 
-async def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout: float = HANG_SECONDS) -> None:
     """Waits for another thread to have done something."""
     async with asyncio.timeout(timeout):
         while not condition():

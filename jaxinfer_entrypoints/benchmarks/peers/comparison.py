@@ -37,7 +37,7 @@ MAX_THREADS = 4  # what our own promise holds for: see jaxinfer_entrypoints/load
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured. ``context``: prompt tokens of each sequence; ``steps``: decode steps."""
+    """A point to measure. ``context``: prompt tokens of each sequence; ``steps``: decode steps."""
 
     kind: str
     batch: int
@@ -65,7 +65,7 @@ POINTS = (
 
 @dataclass(frozen=True)
 class Conditions:
-    """How often and under which conditions points are measured. Seconds, and cores."""
+    """Conditions under which points are measured, and how often. Seconds, and cores."""
 
     rounds: int = 3
     idle_cores: float = 0.15
@@ -83,7 +83,7 @@ class Sample:
 
 @dataclass
 class PeerFigures:
-    """What one peer said and did; samples by point and round. A failure is one line."""
+    """One peer's words and figures; samples by point and round. A failure is one line."""
 
     description: dict[str, Any] = field(default_factory=dict)
     start_seconds: list[float] = field(default_factory=list)
@@ -120,7 +120,7 @@ def bench_peers() -> None:
 
 
 def command_of(name: str, model: Path, options: argparse.Namespace) -> PeerCommand:
-    """How a peer of this name is started."""
+    """Returns how a peer of this name is started."""
     threads = str(options.threads)
     flags = ["--model", str(model), "--threads", threads]
     environment = {"NPROC": threads, "OMP_NUM_THREADS": threads}
@@ -195,7 +195,7 @@ def note_failure(figures: PeerFigures, line: str) -> None:
 
 
 def is_disturbed(sample: Sample, conditions: Conditions) -> bool:
-    """Whether others used more of the machine than is allowed for."""
+    """Tells if others used more of the machine than is allowed for."""
     return sample.foreign_cores is not None and sample.foreign_cores > conditions.idle_cores
 
 
@@ -251,7 +251,7 @@ def ratio_of(ours: PeerFigures, other: PeerFigures, point: str) -> float | None:
 
 
 def describe(options: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
-    """What was measured where, and how."""
+    """Describes what was measured where, and how."""
     return {
         "model": options.model if options.model in CATALOG else Path(options.model).name,
         "device": "cpu",
@@ -267,7 +267,7 @@ def describe(options: argparse.Namespace, conditions: Conditions) -> dict[str, A
 
 
 def cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
-    """What the processor calls itself."""
+    """Returns what the processor calls itself."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

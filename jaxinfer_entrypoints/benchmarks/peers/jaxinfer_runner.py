@@ -17,11 +17,11 @@ from jaxinfer.engine import Engine
 from jaxinfer_entrypoints.benchmarks.measuring import requests_of
 from jaxinfer_entrypoints.loading.assembly import (
     LoadedModel,
-    add_engine_options,
     largest_shape,
     load_model,
     new_engine,
 )
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 
 ROWS = 8  # decode rows are padded to a multiple of this
@@ -37,12 +37,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
     """Loads the model once; an engine is made for each number of slots."""
-    parser = argparse.ArgumentParser()
-    add_engine_options(parser)
-    flags = ["--cpu", "--model", options.model, "--max-num-seqs", str(ROWS), "--no-prefix-cache"]
-    flags += ["--no-batch-invariance"] * options.fast
+    wanted = LoadOptions(
+        model=options.model,
+        device="cpu",
+        max_num_seqs=ROWS,
+        prefix_cache=False,
+        batch_invariant=not options.fast,
+    )
     phases = Phases(time.perf_counter(), quiet=True)
-    loaded = load_model(parser.parse_args(flags), phases, largest_shape)
+    loaded = load_model(wanted, phases, largest_shape)
     engines: dict[int, Engine] = {}
 
     def measure(point: dict[str, Any]) -> float:
@@ -55,8 +58,8 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
 
     mode = "rows may depend on their batch" if options.fast else "the same tokens in every batch"
     description = {
-        "weights": f"{loaded.dtypes.weights}, expanded from the GGUF",
-        "activations": loaded.dtypes.activations,
+        "weights": f"{loaded.spec.dtypes.weights}, expanded from the GGUF",
+        "activations": loaded.spec.dtypes.activations,
         "timed": f"the whole engine, greedy; {mode}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
     }
@@ -65,7 +68,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
 
 def make_engine(loaded: LoadedModel, rows: int) -> Engine:
     """With so many slots, and so many rows in every call, as who serves so many would have it."""
-    shapes = [BatchShape(rows, tiles) for tiles in (0, *loaded.engine_config.tile_counts)]
+    shapes = [BatchShape(rows, tiles) for tiles in (0, *loaded.spec.config.tile_counts)]
     return new_engine(loaded, shapes, max_num_seqs=rows)
 
 

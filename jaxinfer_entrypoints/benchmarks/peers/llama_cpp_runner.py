@@ -17,7 +17,7 @@ BATCH_TOKENS, MICRO_BATCH_TOKENS = 2048, 512
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Where the programs are."""
+    """Adds the flag that says where the programs are."""
     parser.add_argument("--programs", type=Path, required=True, help="folder with llama-bench")
 
 

@@ -24,7 +24,7 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class PeerCommand:
-    """How a peer is started. ``needs``: a file without which it is not there, and what makes it."""
+    """A peer's command line. ``needs``: a file without which it is not there, and what makes it."""
 
     name: str
     command: Sequence[str]
@@ -67,11 +67,11 @@ class PeerProcess:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nothing more can be asked: it has ended, or answers out of turn."""
+        """True where nothing more can be asked: the peer has ended, or answers out of turn."""
         return self._is_lost
 
     def ready(self, timeout: float) -> dict[str, Any]:
-        """What the peer says that it is, once its model is loaded."""
+        """Returns what the peer says that it is, once its model is loaded."""
         description = self._answer("ready", dict, timeout)
         if missing := DESCRIPTION - description.keys():
             raise PeerError(f"it does not say its {', '.join(sorted(missing))}")

@@ -1,4 +1,4 @@
-"""How ``bench_peers.py`` talks to a runner: JSON lines over the runner's stdin and stdout.
+"""Talk between ``bench_peers.py`` and a runner: JSON lines over the runner's stdin and stdout.
 
 A runner loads its model, says what it is in one line, and then answers one line a point with the
 tokens per second of each repetition, until its stdin ends. Python 3.9 and its standard library are

@@ -1,4 +1,4 @@
-"""When requests arrive, and what random prompts they bring. Imports no JAX."""
+"""Arrival times of requests, and their random prompts. Imports no JAX."""
 
 import math
 

@@ -7,7 +7,6 @@ take is in it. Every run uses a cache salt of its own: no prompt is found in the
 because of an earlier run. Needs neither JAX nor a model.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -26,115 +25,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxinfer.request import LIMITS
 from jaxinfer_entrypoints.benchmarks.serve.metrics import METRICS, RequestRecord, summarize
+from jaxinfer_entrypoints.benchmarks.serve.options import Options
 from jaxinfer_entrypoints.benchmarks.serve.plots import check_plot, draw_rates, draw_run
 from jaxinfer_entrypoints.benchmarks.serve.requests import (
-    DEFAULT_NUM_PROMPTS,
     Load,
     count_prompts,
     make_load,
     read_prompts,
 )
-from jaxinfer_entrypoints.command_line.address import add_address_option
 from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine
 from serving.client import AsyncClient, Delta, Finished, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 GREETING_SECONDS = 30.0
-MAX_REQUESTS = 100_000
-MAX_TOKENS = 1 << 20
-GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
-    add = parser.add_argument
-    add_address_option(parser)
-    add("--num-prompts", type=int, help=f"default: {DEFAULT_NUM_PROMPTS}, or all of --prompts")
-    add(
-        "--request-rate",
-        type=float,
-        nargs="+",
-        default=[math.inf],
-        metavar="R",
-        help="requests a second; several are one run each; inf, the default, sends all at once",
-    )
-    shape = "shape of the gaps' gamma distribution: 1 is Poisson, less is burstier"
-    add("--burstiness", type=float, default=1.0, help=f"{shape} (default: %(default)s)")
-    add("--max-concurrency", type=int, help="requests that run at once (default: no limit)")
-    add("--prompts", type=Path, metavar="FILE", help="JSON lines, as generate.py --input takes")
-    add("--random-input-len", type=int, default=128, help="tokens (default: %(default)s)")
-    output_help = "new tokens, of --prompts too (default: %(default)s)"
-    add("--random-output-len", type=int, default=64, help=output_help)
-    ratio_help = "lengths are uniform within this part of them (default: %(default)s)"
-    add("--random-range-ratio", type=float, default=0.0, help=ratio_help)
-    add("--seed", type=int, default=0, help="of prompts, arrivals, sampling (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--percentiles", type=float, nargs="+", default=[99.0], metavar="P", help="default: 99")
-    add(
-        "--goodput",
-        type=parse_goodput,
-        nargs="+",
-        default=[],
-        metavar="NAME:MS",
-        help="a good request takes at most so many ms: ttft:300 tpot:60 e2el:5000",
-    )
-    add("--timeout-seconds", type=float, default=3600.0, help="of a request (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE", help="where the figures go as JSON too")
-    add("--plot", type=Path, help="a PNG file to draw (needs matplotlib)")
-
-
-def parse_goodput(text: str) -> tuple[str, float]:
-    """NAME:MILLISECONDS, for argparse."""
-    name, _, limit = text.partition(":")
-    known = ", ".join(GOODPUT_METRICS)
-    if name not in GOODPUT_METRICS or not re.fullmatch(r"\d+(\.\d+)?", limit):
-        message = f"must be NAME:MILLISECONDS with a name of {known}, got {text!r:.80}"
-        raise argparse.ArgumentTypeError(message)
-    return name, float(limit)
-
-
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses values out of range."""
-    whole = {
-        "num_prompts": MAX_REQUESTS,
-        "max_concurrency": MAX_REQUESTS,
-        "random_input_len": MAX_TOKENS,
-        "random_output_len": MAX_TOKENS,
-    }
-    for name, most in whole.items():
-        value = getattr(options, name)
-        if value is not None and not 1 <= value <= most:
-            parser.error(f"{flag(name)} must be between 1 and {most}, got {value}")
-    if not all(0.001 <= rate <= 1e6 or rate == math.inf for rate in options.request_rate):
-        parser.error(
-            f"--request-rate must be between 0.001 and 1000000, or inf, got {options.request_rate}"
-        )
-    if not 0.001 <= options.burstiness <= 1e6:
-        parser.error(f"--burstiness must be between 0.001 and 1000000, got {options.burstiness}")
-    if not 0 <= options.random_range_ratio < 1:
-        parser.error(f"--random-range-ratio must be in [0, 1), got {options.random_range_ratio}")
-    if not all(0 < p <= 100 for p in options.percentiles):
-        parser.error(f"--percentiles must be in (0, 100], got {options.percentiles}")
-    if not 0 <= options.seed < 1 << 32:
-        parser.error(f"--seed must be between 0 and {(1 << 32) - 1}, got {options.seed}")
-    if not 1 <= options.timeout_seconds <= 86400:
-        parser.error(
-            f"--timeout-seconds must be between 1 and 86400, got {options.timeout_seconds}"
-        )
-    try:
-        LIMITS["temperature"].check("--temperature", options.temperature)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def flag(name: str) -> str:
-    """The flag of an option."""
-    return f"--{name.replace('_', '-')}"
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """The figures of one run, or ``points`` where several rates are asked for."""
     for path in filter(None, (options.output, options.plot)):
         if not path.parent.is_dir():  # said now, not after an hour
@@ -143,14 +50,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{path} is a folder, not a file to write")
     if options.plot:
         check_plot(options.plot)
-    lines = read_prompts(options) if options.prompts else None
+    lines = read_prompts(options.prompts) if options.prompts else None
     try:
         return asyncio.run(drive(options, lines))
     except ServerError as error:
         raise ValueError(f"the server at {options.address} failed: {error}") from error
 
 
-async def drive(options: argparse.Namespace, lines: Sequence[PromptLine] | None) -> dict[str, Any]:
+async def drive(options: Options, lines: Sequence[PromptLine] | None) -> dict[str, Any]:
     """Runs each rate against the server and writes what is asked for."""
     async with AsyncClient(options.address) as client:
         info = await greet(client, options.address)
@@ -196,7 +103,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 async def greet(client: AsyncClient, address: str) -> pb.GetModelInfoResponse:
-    """What is served; raises ``ValueError`` in one line when nobody answers."""
+    """Asks what is served; raises ``ValueError`` in one line when nobody answers."""
     try:
         async with asyncio.timeout(GREETING_SECONDS):
             return await client.model_info()
@@ -210,7 +117,7 @@ async def greet(client: AsyncClient, address: str) -> pb.GetModelInfoResponse:
 
 
 async def send(
-    client: AsyncClient, load: Load, options: argparse.Namespace
+    client: AsyncClient, load: Load, options: Options
 ) -> tuple[list[RequestRecord], float]:
     """Sends all requests, each when it is due; returns what became of them, and the seconds.
 
@@ -247,7 +154,7 @@ async def send(
 async def request(
     client: AsyncClient,
     load: Load,
-    options: argparse.Namespace,
+    options: Options,
     number: int,
     record: RequestRecord,
     salt: str,
@@ -291,8 +198,8 @@ async def request(
     record.end = time.perf_counter() - started
 
 
-def describe(options: argparse.Namespace, info: pb.GetModelInfoResponse) -> dict[str, Any]:
-    """What was asked for, of which server, with which client."""
+def describe(options: Options, info: pb.GetModelInfoResponse) -> dict[str, Any]:
+    """Describes what was asked for, of which server, with which client."""
     packages = ("jaxinfer", "grpcio", "numpy")
     served = ("version", "weights_dtype", "activations_dtype", "kv_cache_dtype", "quantization")
     sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")

@@ -22,7 +22,7 @@ METRICS = {
 
 @dataclass
 class RequestRecord:
-    """What became of one request.
+    """One request's times, and what became of it.
 
     ``arrival``: when it was meant to be sent; ``start``: where its latency counts from, the
     arrival, or where ``--max-concurrency`` held it back the moment that it was let go; ``sent``:

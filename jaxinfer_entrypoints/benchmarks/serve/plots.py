@@ -20,7 +20,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw_run(figures: dict[str, Any], records: Sequence[RequestRecord], path: Path) -> None:
-    """How the times to the first token and between tokens are distributed; speed over time."""
+    """Draws the distributions of times to the first token and between tokens; speed over time."""
     pyplot = _pyplot()
     done = [record for record in records if record.error is None]
     figure, (first, between, speed) = pyplot.subplots(1, 3, figsize=(12, 3.6))

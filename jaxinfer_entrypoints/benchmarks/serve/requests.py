@@ -1,8 +1,8 @@
 """The requests of a run of ``bench.py serve``: from flags and a file. Imports no JAX."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from jaxinfer_entrypoints.benchmarks.serve.arrivals import (
     random_lengths,
     random_prompts,
 )
+from jaxinfer_entrypoints.benchmarks.serve.options import Options
 from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine, parse_lines
-from serving.client.events import Message, Prompt
+from serving.client.options import Message, Prompt
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 MAX_PROMPT_TOKENS = 1 << 28  # of all random prompts: 1 GiB
@@ -30,7 +31,7 @@ class Load:
 
 
 def make_load(
-    options: argparse.Namespace,
+    options: Options,
     lines: Sequence[PromptLine] | None,
     num_prompts: int,
     rate: float,
@@ -60,8 +61,8 @@ def make_load(
     return Load(prompts, output_lens, arrival_times(num_prompts, rate, options.burstiness, random))
 
 
-def count_prompts(options: argparse.Namespace, lines: Sequence[PromptLine] | None) -> int:
-    """How many requests a run has."""
+def count_prompts(options: Options, lines: Sequence[PromptLine] | None) -> int:
+    """Returns how many requests a run has."""
     if lines is None:
         return options.num_prompts or DEFAULT_NUM_PROMPTS
     if options.num_prompts is not None and options.num_prompts > len(lines):
@@ -72,10 +73,10 @@ def count_prompts(options: argparse.Namespace, lines: Sequence[PromptLine] | Non
     return options.num_prompts or len(lines)
 
 
-def read_prompts(options: argparse.Namespace) -> list[PromptLine]:
+def read_prompts(path: Path) -> list[PromptLine]:
     """The lines of ``--prompts``; errors name the file and the line."""
-    with options.prompts.open(encoding="utf-8-sig") as file:
-        return parse_lines(file, str(options.prompts))
+    with path.open(encoding="utf-8-sig") as file:
+        return parse_lines(file, str(path))
 
 
 def prompt_of(line: PromptLine) -> Prompt:

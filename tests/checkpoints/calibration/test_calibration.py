@@ -64,7 +64,7 @@ def test_every_family_is_rounded_whole(case: str) -> None:
 
 @pytest.mark.parametrize(("method", "most"), [("gptq", 0.8), ("awq", 0.9), ("awq-gptq", 0.8)])
 def test_the_model_stays_nearer_to_what_it_was(method: Method, most: float) -> None:
-    """Of a model whose inputs have a few directions in common, and some are large."""
+    """Makes inputs of a model that have a few directions in common, and some are large."""
     model, random = tiny_model(hidden_size=64), np.random.default_rng(2)
     parameters = calibration._flat(jax.tree.map(np.asarray, random_parameters(model)))
     directions = random.standard_normal((96, 8)) @ random.standard_normal((8, 64))
@@ -93,7 +93,7 @@ def test_the_model_stays_nearer_to_what_it_was(method: Method, most: float) -> N
 
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_factors_change_no_result(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a matrix's inputs are divided by is in the matrix, for any factors."""
+    """The factor that a matrix's inputs are divided by is in the matrix, for any factors."""
     random = np.random.default_rng(1)
 
     def factors(weight: Any, matrix: Any, rows: Any) -> Any:

@@ -23,6 +23,7 @@ from tests.checkpoints.gguf.tiny_gguf import (
     UINT64,
     file_bytes,
 )
+from tests.patience import WORK_SECONDS
 
 HUGE = 1 << 60
 X = ("x", (4, 32), F32, bytes(512))
@@ -35,10 +36,10 @@ def read(tmp_path: Path, data: bytes) -> GGUFFile:
 
 
 def refused(tmp_path: Path, data: bytes, match: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(ValueError, match=match) as error:
         read(tmp_path, data)
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < WORK_SECONDS
     assert "test.gguf: " in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -185,7 +186,7 @@ _NUMBERS = st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1])
 
 
 @settings(
-    max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     flips=st.lists(st.tuples(_POSITIONS, st.integers(0, 255)), max_size=8),

@@ -19,7 +19,7 @@ from tests.jaxinfer.models.random_checkpoint import CASES
 
 @dataclass(frozen=True)
 class Kind:
-    """How matrices are packed."""
+    """A way in which matrices are packed."""
 
     layout: str
     bits: int = 4
@@ -147,7 +147,7 @@ def pack(kind: Kind, stem: str, matrix: Matrix) -> dict[str, np.ndarray]:
 
 
 def is_packed(name: str, shape: list[int]) -> bool:
-    """What tools quantize: projections, not the ends and not routers."""
+    """Tells what tools quantize: projections, not the ends and not routers."""
     is_end = "embed" in name or "lm_head" in name
     return (
         len(shape) == 2 and not is_end and not name.endswith(("mlp.gate.weight", "moe.gate.weight"))

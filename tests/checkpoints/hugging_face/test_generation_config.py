@@ -1,4 +1,4 @@
-"""What a folder says of sampling."""
+"""A folder's words on sampling."""
 
 import json
 from pathlib import Path

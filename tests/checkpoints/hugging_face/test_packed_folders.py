@@ -16,6 +16,7 @@ from checkpoints.stored import require_stored_formats, stored_formats
 from jaxinfer import models
 from jaxinfer.config import STORED
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -104,11 +105,11 @@ def test_a_last_group_that_is_shorter(tmp_path: Path, kind: Kind) -> None:
 
 
 def tokens_of(path: Path, num_devices: int, stored: bool) -> list[int]:
-    """What an engine makes of a prompt."""
+    """Returns what an engine makes of a prompt."""
     checkpoint = HuggingFaceCheckpoint(path)
     dtypes = policy(checkpoint) if stored else CPU_DTYPES
     mesh = make_mesh(jax.devices()[:num_devices])
-    engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     made = quantized_weights(checkpoint.model, dtypes, mesh)
     abstract = engine.abstract_parameters
@@ -124,7 +125,7 @@ def test_tokens_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
 
 
 def test_tokens_on_eight_devices(tmp_path: Path, many_devices: ManyDevices) -> None:
-    """Where heads are repeated and ends padded, and scales are the outputs' own."""
+    """Heads are repeated here, ends padded, and scales are the outputs' own."""
     write_packed(tmp_path, "qwen3_moe", KINDS["int8"])
     assert many_devices(tokens_of, tmp_path, 8, True) == tokens_of(tmp_path, 1, stored=False)
 

@@ -13,6 +13,7 @@ import pytest
 from checkpoints.load import load_parameters
 from jaxinfer import models
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import ARCHITECTURES, GGUF_ARCHITECTURES
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -37,14 +38,14 @@ def parameters_of(case: str) -> dict[Any, Any]:
 def greedy_tokens(
     case: str, num_devices: int = 1, chunk: int = 16, num_neighbours: int = 0
 ) -> list[int]:
-    """What an engine makes of the prompt, its chunks of ``chunk`` tokens.
+    """Returns an engine's continuation of the prompt, in chunks of ``chunk`` tokens.
 
     Beside it run ``num_neighbours`` other prompts, of other lengths.
     """
     checkpoint = RandomCheckpoint(case)
     mesh = make_mesh(jax.devices()[:num_devices])
     config = tiny_config(max_num_batched_tokens=chunk)
-    engine = Engine(checkpoint.model, config, CPU_DTYPES, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, config, CPU_DTYPES, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     engine.start(load_parameters(checkpoint, engine.abstract_parameters, num_devices=num_devices))
     prompt = tuple(draw_prompt(case))

@@ -19,6 +19,7 @@ from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig, RopeScaling
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models.rotary import inverse_frequencies
 from jaxinfer.request import Request
 from jaxinfer.schedule import TokenLogprobs
@@ -27,7 +28,7 @@ from serving.text.tokenizer import Tokenizer
 from tests.checkpoints.floats import FloatTensors
 from tests.data.random_llama import draw_weights
 from tests.jaxinfer.logits import prompt_logits
-from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config, tiny_model
+from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config, tiny_model, tiny_spec
 
 DATA = Path(__file__).parents[2] / "data"
 CASES = json.loads((DATA / "llama_reference.json").read_text())["cases"]
@@ -77,7 +78,7 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
     case = CASES[name]
     model, parameters = parameters_of(case)
     config = tiny_config(max_num_batched_tokens=16)
-    engine = Engine(model, config, CPU_DTYPES, make_mesh(jax.devices("cpu")[:1]))
+    engine = Engine(tiny_spec(config, model))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     engine.start(parameters)
     request = Request("a", tuple(case["input_ids"]), len(case["greedy_ids"]), ignore_eos=True)
@@ -133,7 +134,7 @@ def default_model() -> tuple[Engine, Tokenizer]:
     checkpoint = open_checkpoint(resolve("smollm2-135m-instruct"))
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=256)
     mesh = make_mesh(jax.devices("cpu")[:1])
-    engine = Engine(checkpoint.model, config, CPU_DTYPES, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, config, CPU_DTYPES, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     engine.start(load_parameters(checkpoint, engine.abstract_parameters))
     return engine, Tokenizer(checkpoint.tokenizer)
@@ -178,7 +179,9 @@ def test_real_top_logits() -> None:
     assert parameters is not None
     for prompt in PROMPTS:
         config = EngineConfig(max_num_seqs=1, max_model_len=256, num_pages=16)
-        logits = prompt_logits(engine.model, parameters.target, prompt["prompt_ids"], config)[-1]
+        logits = prompt_logits(engine.spec.model, parameters.target, prompt["prompt_ids"], config)[
+            -1
+        ]
         top = np.argsort(-logits)[:5]
         assert top.tolist() == prompt["top5_ids"]
         np.testing.assert_allclose(logits[top], prompt["top5_logits"], atol=2e-3, rtol=0)

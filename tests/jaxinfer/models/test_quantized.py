@@ -12,6 +12,7 @@ from checkpoints.load import load_parameters
 from jaxinfer import models
 from jaxinfer.config import DtypePolicy
 from jaxinfer.engine import Engine
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.sharding import abstract_parameters, make_mesh
@@ -30,7 +31,7 @@ def policy(quantization: str | None) -> DtypePolicy:
 
 @functools.cache
 def parameters_of(case: str, quantization: str | None) -> dict[Any, Any]:
-    """Of one device."""
+    """Loads the parameters for one device."""
     checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
     _, state = models.abstract(checkpoint.model, dtypes)
     abstract = abstract_parameters(state, make_mesh(jax.devices("cpu")[:1]))
@@ -49,10 +50,10 @@ def dequantize(tree: Any, path: tuple[Any, ...], made: Any) -> Any:
 
 
 def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
-    """What an engine makes of the prompt."""
+    """Returns an engine's continuation of the prompt."""
     checkpoint, dtypes = RandomCheckpoint(case), policy(quantization)
     mesh = make_mesh(jax.devices()[:num_devices])
-    engine = Engine(checkpoint.model, tiny_config(), dtypes, mesh)
+    engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     made = quantized_weights(checkpoint.model, dtypes, mesh)
     engine.start(
@@ -96,7 +97,7 @@ def test_eight_devices_give_the_tokens_of_one(
 
 
 def test_a_quarter_of_the_bytes() -> None:
-    """Of the matrices; norms and the router stay as they are."""
+    """Matrices shrink so; norms and the router stay as they are."""
     plain, quantized = parameters_of("qwen2", None), parameters_of("qwen2", "int8")
     matrices = [leaf for leaf in jax.tree.leaves(plain) if leaf.ndim > 1]
     small = [

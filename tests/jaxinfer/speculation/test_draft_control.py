@@ -1,4 +1,4 @@
-"""Whether to guess, decided by what guessing brought."""
+"""The choice to draft or not, by what drafting brought."""
 
 import itertools
 
@@ -13,7 +13,7 @@ CONFIG = EngineConfig(draft="ngram", num_drafts=4, max_draft_seqs=8)
 def run(
     control: DraftControl, num_steps: int, gain: float | None, cost: float, size: int = 1
 ) -> list[bool]:
-    """Which of the steps had guesses; one with guesses takes ``cost`` times as long."""
+    """Returns which of the steps had drafts; one with drafts takes ``cost`` times as long."""
     chosen = []
     for _ in range(num_steps):
         has_drafts = control.choose([gain] * size) > 0

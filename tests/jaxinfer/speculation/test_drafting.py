@@ -24,6 +24,7 @@ from tests.jaxinfer.tiny import (
     run_all,
     tiny_config,
     tiny_model,
+    tiny_spec,
 )
 
 NUM_DRAFTS = 3
@@ -52,7 +53,7 @@ def drafting(
     """An engine that always guesses."""
     values = {"num_drafts": NUM_DRAFTS, "adapt_drafts": False} | changes
     values.setdefault("draft", "model" if draft else "layers")
-    engine = Engine(tiny_model(), tiny_config(**values), CPU_DTYPES, shared_engine().mesh, draft)
+    engine = Engine(tiny_spec(tiny_config(**values), draft=draft))
     engine.compile(shapes=few_shapes(engine))
     if parameters is None:
         parameters = random_parameters(tiny_model())
@@ -185,7 +186,7 @@ def test_all_that_changes_logits_changes_guesses_too() -> None:
 
 
 def test_another_width_of_the_vocabulary() -> None:
-    """What fills a vocabulary up is never guessed, and a draft may lack it."""
+    """Fillers of a vocabulary are never drafted, and a draft model may lack them."""
     for size in (90, 100):
         model = dataclasses.replace(SMALL, vocab_size=size)
         engine = drafting(DraftModel(model, CPU_DTYPES), random_parameters(model, 3))
@@ -202,7 +203,7 @@ def test_the_first_layers_guess_rightly_where_the_others_do_nothing() -> None:
         "layers": parameters["layers"] | {1: jax.tree.map(lambda array: array * 0, last)}
     }
     engine = drafting(None, None, silent, num_draft_layers=1)
-    plain = Engine(tiny_model(), tiny_config(), CPU_DTYPES, shared_engine().mesh)
+    plain = Engine(tiny_spec())
     plain.compile(shapes=plain.shapes[-1:])
     plain.start(jax.device_put(silent))
     outputs, drafted, accepted = counted(engine, mixed_requests())
@@ -217,21 +218,18 @@ def test_the_first_layers_change_no_token() -> None:
 
 
 def test_what_cannot_be() -> None:
-    mesh = shared_engine().mesh
     with pytest.raises(ValueError, match="one is missing"):
-        Engine(tiny_model(), tiny_config(draft="model"), CPU_DTYPES, mesh)
+        Engine(tiny_spec(tiny_config(draft="model")))
     with pytest.raises(ValueError, match="one is missing"):
-        Engine(tiny_model(), tiny_config(), CPU_DTYPES, mesh, DraftModel(SMALL, CPU_DTYPES))
+        Engine(tiny_spec(tiny_config(), draft=DraftModel(SMALL, CPU_DTYPES)))
     layers = tiny_config(draft="layers", num_draft_layers=2)
     with pytest.raises(ValueError, match="first 1 at most, got 2"):
-        Engine(tiny_model(), layers, CPU_DTYPES, mesh)
+        Engine(tiny_spec(layers))
     with pytest.raises(ValueError, match="num_draft_layers must be 1 or more"):
         EngineConfig(draft="layers")
     with pytest.raises(ValueError, match="0 without, got 3 with draft=ngram"):
         EngineConfig(draft="ngram", num_draft_layers=3)
-    engine = Engine(
-        tiny_model(), tiny_config(draft="model"), CPU_DTYPES, mesh, DraftModel(SMALL, CPU_DTYPES)
-    )
+    engine = Engine(tiny_spec(tiny_config(draft="model"), draft=DraftModel(SMALL, CPU_DTYPES)))
     with pytest.raises(ValueError, match="is missing"):
         engine.start(jax.device_put(random_parameters(tiny_model())))
 

@@ -28,6 +28,7 @@ from tests.jaxinfer.tiny import (
     run_all,
     tiny_config,
     tiny_model,
+    tiny_spec,
 )
 
 NUM_ROWS, NUM_DRAFTS, VOCAB_SIZE = 40_000, 2, 6
@@ -126,7 +127,7 @@ def rejecting(**changes: Any) -> Engine:
     values = {"num_drafts": 3, "verify": "rejection", "adapt_drafts": False, "draft": "layers"}
     config = tiny_config(**(values | {"num_draft_layers": 1} | changes))
     draft = DraftModel(tiny_model(), CPU_DTYPES) if config.draft == "model" else None
-    engine = Engine(tiny_model(), config, CPU_DTYPES, shared_engine().mesh, draft)
+    engine = Engine(tiny_spec(config, draft=draft))
     engine.compile(shapes=few_shapes(engine))
     own, other = (random_parameters(tiny_model(), seed) for seed in (0, 5))
     near = jax.tree.map(lambda x, y: x + 0.2 * y, own, other) if draft else None

@@ -14,17 +14,17 @@ from jaxinfer.request import FinishReason, Request, SamplingParams
 from jaxinfer.speculation.speculative import num_accepted, propose_ngrams
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
-    CPU_DTYPES,
     random_parameters,
     random_request,
     run_all,
     tiny_config,
     tiny_model,
+    tiny_spec,
 )
 
 
 def lookup(known: list[int], num_drafts: int, max_len: int = 24) -> list[int]:
-    """What is guessed after ``known``, beside a row that has something else."""
+    """Returns what is drafted after ``known``, beside a row that has something else."""
     rest = [9] * (max_len - len(known))  # what a former occupant left
     tokens = jnp.asarray([[*known, *rest], [5] * max_len])
     drafts, counts = propose_ngrams(tokens, jnp.asarray([len(known), 1]), num_drafts)
@@ -87,7 +87,7 @@ def drafting(**changes: Any) -> Engine:
     Of the plain programs it has the largest alone.
     """
     values = {"draft": "ngram", "num_drafts": 3, "adapt_drafts": False} | changes
-    engine = Engine(tiny_model(), tiny_config(**values), CPU_DTYPES, shared_engine().mesh)
+    engine = Engine(tiny_spec(tiny_config(**values)))
     plain = [shape for shape in engine.shapes if not shape.num_drafts]
     engine.compile(shapes=[plain[-1], *(shape for shape in engine.shapes if shape.num_drafts)])
     engine.start(jax.device_put(random_parameters(tiny_model())))
@@ -222,7 +222,7 @@ def test_a_step_with_guesses_is_one_program_and_compiled_before() -> None:
     engine = drafting()
     shapes = [shape for shape in engine.programs if shape.num_drafts]
     assert BatchShape(2, 0, 3) in shapes  # eight rows, as many as a plain step has
-    assert {shape.num_tiles for shape in shapes} == {0, *engine.config.tile_counts}
+    assert {shape.num_tiles for shape in shapes} == {0, *engine.spec.config.tile_counts}
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration_secs, **_: compiled.append(event) if "compile" in event else None

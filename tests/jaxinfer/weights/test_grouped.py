@@ -186,7 +186,7 @@ def test_groups_that_do_not_divide_are_made_smaller_or_refused() -> None:
 
 
 def products_on(num_devices: int, axes: tuple[str | None, ...]) -> np.ndarray:
-    """Of an MLP's matrix whose inputs or outputs are split over devices."""
+    """Multiplies by an MLP's matrix whose inputs or outputs are split over devices."""
     mesh = make_mesh(jax.devices()[:num_devices])
     weight = holder((256, 64), (0,), policy_of("int4"), axes, num_devices).matrix
     sharding = NamedSharding(mesh, partition_spec(weight.values.get_metadata()["out_sharding"]))

@@ -34,7 +34,7 @@ CASES = [
 
 
 def operation(case: Any, backend: str) -> tuple[Any, Any]:
-    """What multiplies, and the axes of its arrays given those of inputs and outputs."""
+    """Returns what multiplies, and the axes of its arrays given those of inputs and outputs."""
     if isinstance(case, GroupedCase):
         multiply = functools.partial(grouped_matmul, backend=backend)
         return multiply, lambda inputs, outputs: [(inputs, *outputs)] * 3

@@ -19,10 +19,11 @@ from jaxinfer_entrypoints.machine.idle import (
     process_seconds,
     wait_until_idle,
 )
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
 READY = {"weights": "", "activations": "", "timed": "", "versions": {}}
-QUICK = Conditions(rounds=3, idle_cores=64.0, max_wait_seconds=0.0, timeout_seconds=20.0)
+QUICK = Conditions(rounds=3, idle_cores=64.0, max_wait_seconds=0.0, timeout_seconds=HANG_SECONDS)
 PREFILL, DECODE = Point("prefill", 1, 128, 0, 2), Point("decode", 4, 16, 8, 3)
 
 # Its decode rates are 1, 2, 3, ... for the first batch; it counts its measurements.
@@ -144,9 +145,9 @@ def test_figures_that_are_none_are_refused(tmp_path: Path, answer: str, message:
     path = tmp_path / "peer.py"
     path.write_text(text + "input()")
     with PeerProcess(PeerCommand("peer", [sys.executable, str(path)])) as process:
-        assert process.ready(20.0) == READY
+        assert process.ready(HANG_SECONDS) == READY
         with pytest.raises(PeerError) as error:
-            process.rates({}, 20.0)
+            process.rates({}, HANG_SECONDS)
         assert str(error.value) == message
 
 
@@ -161,12 +162,12 @@ def test_a_peer_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
         "time.sleep(600)\n"
     )
     with PeerProcess(PeerCommand("peer", [sys.executable, str(path)])) as process:
-        process.ready(20.0)
+        process.ready(HANG_SECONDS)
         with pytest.raises(PeerError, match=r"^no answer within 0\.2 s$"):
             process.rates({}, 0.2)
         assert process.is_lost
     for pid in map(int, pids.read_text().split()):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_SECONDS
         while is_running(pid):
             assert time.monotonic() < deadline, f"process {pid} still runs"
             time.sleep(0.01)
@@ -241,7 +242,7 @@ def test_points_have_names_of_their_own() -> None:
 
 
 def test_make_builds_peers_and_measures_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the targets would run; the peers themselves are gigabytes."""
+    """The targets' commands are looked at; the peers themselves are gigabytes."""
     made = [".venv/.runtime", ".venv/bin/python"]
     flags = ["PEERS=p", "PEERS_ONLY=transformers", "ARGS=--rounds 1"]
     monkeypatch.delenv("MAKEFLAGS", raising=False)  # of the tests' own make

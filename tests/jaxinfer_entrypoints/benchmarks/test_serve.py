@@ -21,6 +21,7 @@ from jaxinfer_entrypoints.benchmarks.serve.metrics import (
     tokens_per_second,
 )
 from jaxinfer_entrypoints.benchmarks.serve.plots import whole_seconds
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import FakeEngine
 from tests.serving.running import run, running_server, until
 
@@ -397,4 +398,4 @@ def test_what_cannot_be_written_or_served_is_said_first(
 def test_needs_no_jax() -> None:
     code = "import sys\nfrom jaxinfer_entrypoints import bench\n"
     code += "import jaxinfer_entrypoints.benchmarks.serve.driver; sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=HANG_SECONDS)

@@ -1,4 +1,4 @@
-"""What scripts/doctor.py calls a problem, and the page that it prints."""
+"""Problems in the eyes of scripts/doctor.py, and the page that it prints."""
 
 import copy
 import re

@@ -1,6 +1,5 @@
 """serve.py --compile-only where there is no TPU compiler: what is refused; tests/aot compiles."""
 
-import argparse
 import importlib.util
 import os
 import subprocess
@@ -12,10 +11,12 @@ import pytest
 from jaxinfer.config import ModelConfig
 from jaxinfer_entrypoints.fit import compile_only
 from jaxinfer_entrypoints.loading import assembly
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.machine import tpu_topology
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from tests.jaxinfer.tiny import tiny_model
 from tests.jaxinfer_entrypoints.conftest import Run
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +27,7 @@ def error_of(*flags: str) -> tuple[int, str]:
         [sys.executable, str(ROOT / "scripts" / "serve.py"), *flags],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.stdout == ""
@@ -116,7 +117,7 @@ def test_as_many_chips_as_the_heads_are_divided_over(
     ],
 )
 def test_flags_that_divide_the_chips(tensor: int | None, data: int, expected: str) -> None:
-    options = argparse.Namespace(tensor_parallel=tensor, data_parallel=data)
+    options = LoadOptions(tensor_parallel=tensor, data_parallel=data)
     assert compile_only._dividing_flags(options) == expected
 
 

@@ -1,4 +1,4 @@
-"""What --explain-sharding prints, and the flags that ask for devices."""
+"""The output of --explain-sharding, and the flags that ask for devices."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options, parse_count
 from jaxinfer_entrypoints.fit.explain_sharding import explain_sharding
 from jaxinfer_entrypoints.loading import assembly
 from jaxinfer_entrypoints.loading.phases import Phases
@@ -17,10 +18,9 @@ from tests.jaxinfer_entrypoints.conftest import SIZES, Run
 def explain(model: str, *arguments: str) -> str:
     """The table for flags, in a process with eight devices."""
     parser = argparse.ArgumentParser()
-    assembly.add_engine_options(parser)
-    parser.add_argument("--data-parallel", type=assembly.parse_count)
-    parser.set_defaults(data_parallel=1)
-    options = parser.parse_args([*SIZES, "--model", model, *arguments])
+    add_engine_options(parser)
+    parser.add_argument("--data-parallel", type=parse_count, default=1)
+    options = load_options(parser.parse_args([*SIZES, "--model", model, *arguments]))
     with contextlib.redirect_stderr(io.StringIO()):
         return explain_sharding(assembly.plan_model(options, Phases(0.0)))
 

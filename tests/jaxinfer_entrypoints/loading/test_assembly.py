@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from jaxinfer.config import DtypePolicy, EngineConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import make_mesh
+from jaxinfer_entrypoints.command_line.engine import parse_bytes
 from jaxinfer_entrypoints.loading import sizes as engine_sizes
-from jaxinfer_entrypoints.loading.assembly import parse_bytes
 from tests.checkpoints.gguf.tiny_gguf import STRING, llama_bytes
 from tests.jaxinfer.tiny import tiny_model
 from tests.jaxinfer_entrypoints.conftest import Run
@@ -82,7 +83,7 @@ def test_a_tokenizer_that_cannot_be_built_is_named(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize("platform", [["--gpu"], ["--tpu", "v5e"]])
 def test_a_missing_accelerator_is_one_line(platform: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), *platform, "abc"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -102,8 +103,9 @@ def test_replicas_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mesh = tiny_model(), make_mesh(jax.devices("cpu")[:1])
     dtypes = DtypePolicy.for_platform("cpu")
     monkeypatch.setattr(engine_sizes, "free_bytes", lambda device: 100 << 20)
-    alone = engine_sizes.default_kv_bytes(model, EngineConfig(), dtypes, mesh, 1)
-    four = engine_sizes.default_kv_bytes(model, EngineConfig(), dtypes, mesh, 4)
+    spec = EngineSpec(model, EngineConfig(), dtypes, mesh)
+    alone = engine_sizes.default_kv_bytes(spec, 1)
+    four = engine_sizes.default_kv_bytes(spec, 4)
     assert 4 * four <= alone <= 50 << 20
 
 

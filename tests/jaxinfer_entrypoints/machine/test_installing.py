@@ -1,6 +1,5 @@
-"""What a user is told to type, in a checkout and away from one."""
+"""Commands that a user is told to type, in a checkout and away from one."""
 
-import argparse
 import tomllib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from jaxinfer.sharding import Device
 from jaxinfer_entrypoints.benchmarks.serve import plots as serve_plots
 from jaxinfer_entrypoints.loading import devices as platforms
+from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.machine.installing import ROOT, install_command
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -31,9 +31,9 @@ def test_commands(extra: str, checkout: str, wheel: str, tmp_path: Path) -> None
     assert extra in ("", *EXTRAS)
 
 
-@pytest.mark.parametrize(("gpu", "tpu", "extra"), [(True, None, "gpu"), (False, "v5e", "tpu")])
+@pytest.mark.parametrize(("device", "extra"), [("gpu", "gpu"), ("v5e", "tpu")])
 def test_a_missing_device_names_the_command_that_can_be_typed(
-    gpu: bool, tpu: str | None, extra: str, monkeypatch: pytest.MonkeyPatch
+    device: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def devices(platform: str | None = None) -> list[Device]:
         if platform is not None:
@@ -42,7 +42,7 @@ def test_a_missing_device_names_the_command_that_can_be_typed(
 
     cpus = jax.devices("cpu")[:1]
     monkeypatch.setattr(platforms.jax, "devices", devices)
-    options = argparse.Namespace(cpu=False, gpu=gpu, tpu=tpu, compile_only=False)
+    options = LoadOptions(device=device)
     for command in (f"make setup EXTRAS={extra}", f'pip install "jaxinfer[{extra}]"'):
         monkeypatch.setattr(platforms, "install_command", {extra: command}.__getitem__)
         with pytest.raises(ValueError) as raised:

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
+from jaxinfer_entrypoints.command_line.platform import tpu_name
 from jaxinfer_entrypoints.machine.tpu_targets import (
     GENERATIONS,
     TpuTarget,
     generation_of_kind,
     parse_target,
-    tpu_name,
 )
 
 

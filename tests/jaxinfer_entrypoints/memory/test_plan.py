@@ -7,6 +7,7 @@ import pytest
 
 from checkpoints.configs import model_config
 from jaxinfer.config import DtypePolicy, EngineConfig
+from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import make_mesh
 from jaxinfer_entrypoints.fit.roofline import Roofline
 from jaxinfer_entrypoints.machine.tpu_targets import GENERATIONS
@@ -21,19 +22,19 @@ NORMS = 65 * 4096  # float32 everywhere
 
 def test_weights_and_pages_to_the_byte() -> None:
     mesh = make_mesh(jax.devices()[:1])
-    plan = plan_memory(MODEL, CONFIG, DTYPES, mesh)
+    plan = plan_memory(EngineSpec(MODEL, CONFIG, DTYPES, mesh))
     assert plan.weights == 2 * PARAMETERS + 2 * NORMS == parameter_bytes(MODEL, DTYPES, mesh)
     assert plan.kv_pages == 100 * 128 * 32 * 2 * 8 * 128 * 2
     assert plan.page_copies == 2 * plan.kv_pages  # plain XLA attention here
     assert plan.total == sum(dataclasses.astuple(plan))
-    more = plan_memory(MODEL, dataclasses.replace(CONFIG, num_pages=200), DTYPES, mesh)
+    more = plan_memory(EngineSpec(MODEL, dataclasses.replace(CONFIG, num_pages=200), DTYPES, mesh))
     assert more.kv_pages == 2 * plan.kv_pages
     assert more.total - plan.total == 3 * plan.kv_pages
 
 
 def test_int8_halves_matrices_only() -> None:
     dtypes = dataclasses.replace(DTYPES, quantization="int8")
-    plan = plan_memory(MODEL, CONFIG, dtypes, make_mesh(jax.devices()[:1]))
+    plan = plan_memory(EngineSpec(MODEL, CONFIG, dtypes, make_mesh(jax.devices()[:1])))
     # A scale for each output: of q, k, v, o, gate, up and down, of the embedding and the head.
     outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 2 * 128256
     assert plan.weights == PARAMETERS - NORMS + 4 * NORMS + 4 * outputs
@@ -42,7 +43,7 @@ def test_int8_halves_matrices_only() -> None:
 def test_a_roofline_by_hand() -> None:
     """One sequence is bound by reading the weights, 1,024 rows by multiplying with them."""
     v5e = GENERATIONS["v5e"]
-    roofline = Roofline(MODEL, CONFIG, DTYPES, make_mesh(jax.devices()[:1]), v5e)
+    roofline = Roofline(EngineSpec(MODEL, CONFIG, DTYPES, make_mesh(jax.devices()[:1])), v5e)
     read = 2 * PARAMETERS + 2 * NORMS - 2 * 128256 * 4096  # no embedding table
     token = 32 * 2 * 8 * 128 * 2
     seconds = roofline.decode_seconds(1, 1000)
@@ -57,7 +58,7 @@ def test_a_roofline_of_experts() -> None:
     """A step reads the experts that its rows want, and a row computes with its own."""
     v5e, layers = GENERATIONS["v5e"], 4
     model = dataclasses.replace(model_config("qwen3-30b-a3b"), num_hidden_layers=layers)
-    roofline = Roofline(model, CONFIG, DTYPES, make_mesh(jax.devices()[:1]), v5e)
+    roofline = Roofline(EngineSpec(model, CONFIG, DTYPES, make_mesh(jax.devices()[:1])), v5e)
     experts = layers * 128 * 3 * 2048 * 768
     attention = layers * 2048 * 128 * (2 * 32 + 2 * 4)
     rest = attention + 2048 * 151936

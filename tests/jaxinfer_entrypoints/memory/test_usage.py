@@ -1,4 +1,4 @@
-"""What is free, and what replicas take."""
+"""Memory that is free, and what replicas take."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,8 +57,10 @@ def test_a_container_leaves_less_than_the_system(monkeypatch: pytest.MonkeyPatch
 def engine_of(kv_mib: int) -> Any:
     sizes = {"parameters": 3 << 20, "kv cache": kv_mib << 20, "slots": 0, "temporaries": 1 << 20}
     return SimpleNamespace(
-        config=SimpleNamespace(num_pages=8, page_size=16, max_model_len=64, max_num_seqs=2),
-        dtypes=DtypePolicy("float32", "float32", "float32"),
+        spec=SimpleNamespace(
+            config=SimpleNamespace(num_pages=8, page_size=16, max_model_len=64, max_num_seqs=2),
+            dtypes=DtypePolicy("float32", "float32", "float32"),
+        ),
         memory_by_program={1: 0},
         memory_bytes=sizes,
     )

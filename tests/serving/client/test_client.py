@@ -27,6 +27,7 @@ from serving.client import (
 )
 from serving.rpc.server import serve
 from serving.served_model import ServedModel
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, expected_token_ids, served_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,20 +49,20 @@ def server_in_thread(engine: FakeEngine) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert ready.wait(timeout=20)
+    assert ready.wait(timeout=HANG_SECONDS)
     port, loop, stop = found[0]
     try:
         yield f"127.0.0.1:{port}"
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=20)
+        thread.join(timeout=HANG_SECONDS)
         assert not thread.is_alive()
 
 
 def test_the_synchronous_client() -> None:
     engine = FakeEngine()
     with server_in_thread(engine) as target, Client(target) as client:
-        client.wait_until_serving(timeout=10)
+        client.wait_until_serving(timeout=HANG_SECONDS)
         started, *deltas, finished = client.generate("hi", max_tokens=6, request_id="a")
         assert isinstance(started, Started)
         assert isinstance(finished, Finished)
@@ -78,7 +79,7 @@ def test_the_synchronous_client() -> None:
         assert client.detokenize(client.tokenize("häuser")) == "häuser"
         assert client.model_info().model_name == "fake"
         assert client.load().num_free_pages == NUM_PAGES
-        assert client.is_serving(timeout=10)
+        assert client.is_serving(timeout=HANG_SECONDS)
         assert not client.abort("a")
         with pytest.raises(ServerError, match="no tokens") as raised:
             client.complete([])
@@ -227,7 +228,7 @@ def test_whether_a_server_serves() -> None:
     listening: list[int] = []
 
     def load() -> ServedModel:
-        assert go.wait(timeout=20)
+        assert go.wait(timeout=HANG_SECONDS)
         return served_model(FakeEngine())
 
     async def main() -> None:
@@ -239,11 +240,11 @@ def test_whether_a_server_serves() -> None:
 
         async def check() -> None:
             async with AsyncClient(f"127.0.0.1:{listening[0]}") as client:
-                assert not await client.is_serving(timeout=10)
+                assert not await client.is_serving(timeout=HANG_SECONDS)
                 go.set()
-                await client.wait_until_serving(timeout=10)
-                assert await client.is_serving(timeout=10)
-                assert (await client.model_info(timeout=10)).model_name == "fake"
+                await client.wait_until_serving(timeout=HANG_SECONDS)
+                assert await client.is_serving(timeout=HANG_SECONDS)
+                assert (await client.model_info(timeout=HANG_SECONDS)).model_name == "fake"
             stop.set()
 
         async with asyncio.TaskGroup() as tasks:
@@ -269,7 +270,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         (sys.executable, *arguments),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
@@ -277,7 +278,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_neither_client_nor_server_imports_jax() -> None:
-    code = "import sys, serving.client.client, serving.rpc.server; assert 'jax' not in sys.modules"
+    code = "import sys, serving.client, serving.rpc.server; assert 'jax' not in sys.modules"
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
 

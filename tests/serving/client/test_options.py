@@ -1,4 +1,4 @@
-"""What a client may ask for arrives where it belongs: at the engine, or in the prompt."""
+"""Options of a client arrive where they belong: at the engine, or in the prompt."""
 
 from dataclasses import replace
 

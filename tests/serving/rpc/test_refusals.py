@@ -1,4 +1,4 @@
-"""What must be refused over the wire: with its name, its limit, and no effect on pages."""
+"""Requests that must be refused over the wire: by name and limit, with no effect on pages."""
 
 from typing import Any
 
@@ -9,12 +9,13 @@ from jaxinfer.request import LIMITS
 from serving.client import ServerError
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import MAX_MODEL_LEN, NUM_PAGES, FakeEngine
 from tests.serving.running import run, running_server
 
 
 def refusal(request: pb.GenerateRequest) -> ServerError:
-    """What a server says to a request that it must refuse with no effect on its pages."""
+    """Returns the answer to a request that must be refused with no effect on the server's pages."""
 
     async def test() -> ServerError:
         engine = FakeEngine()
@@ -30,7 +31,7 @@ async def call_error(target: str, request: pb.GenerateRequest) -> ServerError:
     async with grpc.aio.insecure_channel(target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         try:
-            async for _ in stub.Generate(request, timeout=20):
+            async for _ in stub.Generate(request, timeout=HANG_SECONDS):
                 pass
         except grpc.aio.AioRpcError as error:
             return ServerError(error.code().name, error.details() or "")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine
 from tests.serving.running import running_server, until
 
@@ -152,7 +153,7 @@ def test_any_request_is_answered_or_refused_and_no_page_is_lost(
             request.sampling.ClearField("stop_token_ids")
             # So that pages can be counted: a choice takes some twenty of them.
             request.sampling.ClearField("n")
-        stream = stub.Generate(request, timeout=20)
+        stream = stub.Generate(request, timeout=HANG_SECONDS)
         if cancel is not None:
             asyncio.get_running_loop().call_later(cancel / 1000, stream.cancel)
         events: list[str | None] = []
@@ -172,7 +173,7 @@ def test_any_request_is_answered_or_refused_and_no_page_is_lost(
             assert events == []
 
     async def example() -> None:
-        async with asyncio.timeout(30), grpc.aio.insecure_channel(target) as channel:
+        async with asyncio.timeout(HANG_SECONDS), grpc.aio.insecure_channel(target) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
             await asyncio.gather(*(call(stub, request, cancel) for request, cancel in calls))
             await until(lambda: engine.stats.num_free_pages == NUM_PAGES)

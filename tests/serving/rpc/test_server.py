@@ -17,6 +17,7 @@ from serving.loop import EngineFailedError
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.rpc.server import LoadInterruptedError, run_server, serve
 from serving.served_model import ServedModel
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
 from tests.serving.running import run, running_client, running_server, until
 
@@ -26,7 +27,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 async def health(channel: grpc.aio.Channel, service: str) -> int:
     request = health_pb2.HealthCheckRequest(service=service)
-    return (await health_stub(channel).Check(request, timeout=5)).status
+    return (await health_stub(channel).Check(request, timeout=HANG_SECONDS)).status
 
 
 def health_stub(channel: Any) -> Any:
@@ -40,7 +41,7 @@ def test_health_says_not_serving_until_the_model_is_loaded() -> None:
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def load() -> ServedModel:
-            assert loaded.wait(timeout=20)
+            assert loaded.wait(timeout=HANG_SECONDS)
             return served_model(FakeEngine())
 
         server = asyncio.create_task(
@@ -56,7 +57,7 @@ def test_health_says_not_serving_until_the_model_is_loaded() -> None:
             with pytest.raises(TimeoutError):
                 await client.wait_until_serving(timeout=0.15)
             loaded.set()
-            await client.wait_until_serving(timeout=10)
+            await client.wait_until_serving(timeout=HANG_SECONDS)
             for service in ("", "jaxinfer.v1.Inference"):
                 assert await health(channel, service) == SERVING
             assert (await client.complete("abc", max_tokens=3)).text
@@ -98,7 +99,7 @@ def test_stopping_while_the_model_is_loaded() -> None:
     release = threading.Event()
 
     def load() -> ServedModel:
-        release.wait(timeout=20)
+        release.wait(timeout=HANG_SECONDS)
         return served_model(FakeEngine())
 
     async def test() -> None:
@@ -225,7 +226,7 @@ def test_signals_drain(num_signals: int) -> None:
     client_thread: list[threading.Thread] = []
 
     async def client(port: int) -> None:
-        async with asyncio.timeout(20), AsyncClient(f"127.0.0.1:{port}") as client:
+        async with asyncio.timeout(HANG_SECONDS), AsyncClient(f"127.0.0.1:{port}") as client:
             events = client.generate("abc", max_tokens=100)
             await anext(events)
             for _ in range(num_signals):
@@ -241,7 +242,7 @@ def test_signals_drain(num_signals: int) -> None:
         thread.start()
 
     run_server(lambda: served_model(engine), port=0, grace_seconds=20, on_ready=on_ready)
-    client_thread[0].join(timeout=20)
+    client_thread[0].join(timeout=HANG_SECONDS)
     assert results == [{1: "length", 2: "abort"}[num_signals]]
     assert engine.stats.num_free_pages == NUM_PAGES
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

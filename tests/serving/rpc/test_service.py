@@ -10,7 +10,7 @@ from jaxinfer.request import LIMITS, SamplingParams
 from serving.client import AsyncClient, Delta, Finished, Message, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
-from serving.rpc.validate import CHAT_LIMITS
+from serving.text.conversation import CHAT_LIMITS
 from tests.serving.fakes import EOS, MAX_MODEL_LEN, NUM_PAGES, FakeEngine, expected_token_ids
 from tests.serving.running import run, running_client, running_server, until
 

@@ -22,7 +22,7 @@ def new_text(
 def outputs(
     token_ids: list[int], sizes: list[int], reason: FinishReason = FinishReason.LENGTH
 ) -> list[RequestOutput]:
-    """What an engine says, with so many tokens at a time; the last one has the reason."""
+    """Returns outputs of so many tokens each, as an engine makes them; the last has the reason."""
     told, start = [], 0
     sizes = [*sizes, len(token_ids)]
     while start < len(token_ids):
@@ -41,7 +41,7 @@ def outputs(
 
 
 def feed(text: OutputText, told: list[RequestOutput]) -> list[TextOutput]:
-    """What comes of outputs until one is the last."""
+    """Adds outputs until one is the last; returns those with text."""
     results = []
     for output in told:
         results.append(text.add(output))

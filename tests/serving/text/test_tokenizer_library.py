@@ -11,6 +11,7 @@ from checkpoints.load import open_checkpoint
 from jaxinfer.config import SentencePieceSpec
 from serving.text.tokenizer import Tokenizer
 from tests.checkpoints.hostile_corpus import write_sentence_piece_folder
+from tests.patience import WORK_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_a_token_of_a_megabyte() -> None:
     """All its splits would be terabytes."""
     tokens = ("<unk>", "a" * (1 << 20))
     spec = SentencePieceSpec(tokens=tokens, scores=(0.0, 0.0), unknown_token_id=0)
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(ValueError, match="token 1 has 1048576 characters, more than the limit"):
         Tokenizer(spec)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < WORK_SECONDS

@@ -1,0 +1,125 @@
+"""Options of a model that is to be loaded, as one value; their defaults live here."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal
+
+from checkpoints.stored import QUANTIZATIONS
+from jaxinfer.config import KV_DTYPES, EngineConfig
+from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = ("float32", "bfloat16")
+VERIFICATIONS = ("exact", "rejection")
+MAX_DEVICES = 1 << 20
+MAX_KV_MEMORY = 1 << 50
+
+_SIZES = EngineConfig()
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The model, where it runs, in which formats and with which sizes.
+
+    ``model``: a file, a folder, a model of the hub or of the catalog. ``device``: "cpu", "gpu", the
+    name of a TPU such as "v5e-8", or None for the best platform that JAX finds. ``dtype``: of
+    weights, activations and KV cache, None for the platform's own. ``kv_dtype``: "auto" is as
+    ``dtype``. ``quantize``: a format of matrices, None for what a converted folder was made in.
+    ``generation_config``: sample as the model's own file says where a request says nothing.
+
+    ``tensor_parallel`` devices share each layer (None: 1, and on TPU as many as the heads can be
+    divided over), ``data_parallel`` replicas have devices of their own. ``kv_memory``: bytes of the
+    KV cache on all devices of a replica, None for what is free. ``draft``: who drafts tokens:
+    "ngram", "layers:N" or a model; ``draft_quantize``: its matrices, None for ``quantize``.
+    ``compile_only``: devices are only described, and nothing is loaded.
+    The others are those of ``EngineConfig``; None follows from the model and the platform.
+
+    Raises ``ValueError`` naming the option, the value and the limit.
+    """
+
+    model: str = DEFAULT_MODEL
+    device: str | None = None
+    dtype: str | None = None
+    kv_dtype: str = "auto"
+    quantize: str | None = None
+    generation_config: bool = True
+    tensor_parallel: int | None = None
+    data_parallel: int = 1
+    max_num_seqs: int = _SIZES.max_num_seqs
+    max_num_batched_tokens: int = _SIZES.max_num_batched_tokens
+    max_model_len: int | None = None
+    page_size: int | None = None
+    max_steps_per_call: int | None = None
+    kv_memory: int | None = None
+    prefix_cache: bool = _SIZES.prefix_cache
+    priority_seconds: float = _SIZES.priority_seconds
+    batch_invariant: bool = _SIZES.batch_invariant
+    attention: str | None = None
+    draft: str | None = None
+    num_drafts: int = _SIZES.num_drafts
+    verify: Literal["exact", "rejection"] = _SIZES.verify
+    draft_quantize: str | None = None
+    compile_only: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        if not self.model.strip():
+            raise ValueError(f"model names nothing: {self.model!r}")
+        if self.device not in (None, "cpu", "gpu"):
+            parse_target(self.device)
+        choices = {
+            "dtype": (None, *DTYPES),
+            "kv_dtype": ("auto", *KV_DTYPES),
+            "quantize": (None, *QUANTIZATIONS),
+            "draft_quantize": (None, *QUANTIZATIONS),
+            "verify": VERIFICATIONS,
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {_listed(known)}, got {value!r:.80}")
+        limits = {
+            "tensor_parallel": MAX_DEVICES,
+            "data_parallel": MAX_DEVICES,
+            "kv_memory": MAX_KV_MEMORY,
+        }
+        for name, most in limits.items():
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be between 1 and {most}, got {value}")
+
+    @property
+    def tpu(self) -> str | None:
+        """The name of the TPU that is asked for, None for another device."""
+        return None if self.device in (None, "cpu", "gpu") else self.device
+
+    @property
+    def of_draft_model(self) -> "LoadOptions":
+        """These options as they would be if the draft model were the model."""
+        assert self.draft is not None
+        quantize = self.quantize if self.draft_quantize is None else self.draft_quantize
+        return dataclasses.replace(
+            self, model=self.draft, quantize=quantize, draft=None, draft_quantize=None
+        )
+
+
+def _check_type(field: dataclasses.Field[Any], value: object) -> None:
+    kinds = typing.get_args(field.type) or (field.type,)
+    if value is None and NoneType in kinds:
+        return
+    if bool in kinds or isinstance(value, bool):
+        fits = bool in kinds and isinstance(value, bool)
+        wanted = "True or False" if bool in kinds else "no truth value"
+    elif float in kinds:
+        fits, wanted = isinstance(value, int | float), "a number"
+    elif int in kinds:
+        fits, wanted = isinstance(value, int), "an integer"
+    else:
+        fits, wanted = isinstance(value, str), "a str"
+    if not fits:
+        raise ValueError(f"{field.name} must be {wanted}, got {value!r:.80}")
+
+
+def _listed(choices: tuple[str | None, ...]) -> str:
+    return ", ".join(str(choice) for choice in choices)

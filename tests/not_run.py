@@ -1,0 +1,49 @@
+"""A pytest plugin that ends a run with one line on what was left out: nobody has to find out.
+
+Tests carry ``pytest.mark.thorough(subject)``, those of whole programs and of long searches; what
+``-m`` leaves out of them is counted by subject, in the processes of pytest-xdist too.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+SUBJECT_SEPARATOR = "\n"
+
+
+class NotRun:
+    """Counts of the tests that a run left out, by subject."""
+
+    def __init__(self) -> None:
+        self.subjects: Counter[str] = Counter()
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            mark = item.get_closest_marker("thorough")
+            if mark is not None:
+                self.subjects[mark.args[0]] += 1
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        # Only in a process of xdist: every one of them has left out the same tests.
+        output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output["not_run"] = dict(self.subjects)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        found = getattr(node, "workeroutput", {}).get("not_run")
+        if found:
+            self.subjects = Counter(found)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self, config: pytest.Config) -> None:
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None and self.subjects:
+            reporter.write_line(self.line())
+
+    def line(self) -> str:
+        """The one line."""
+        count = sum(self.subjects.values())
+        subjects = ", ".join(sorted(self.subjects))
+        return f"not run: {count} thorough tests ({subjects}); make test-all runs them"
