@@ -210,8 +210,8 @@ MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 # What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
 KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
 
-# As the checkpoint holds them: a name of what is no format but many.
-KEPT = "checkpoint"
+# As the checkpoint stores them: a name of what is no format but many.
+STORED = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class DtypePolicy:
     """Names of the dtypes a model runs in. Logits, softmax and norms are float32 everywhere.
 
     ``quantization``: name of the format of matrices (jaxinfer/weights), None for ``weights``;
-    KEPT for that of the checkpoint, where ``matrix_formats`` has the formats by parameters' paths
+    STORED for that of the checkpoint, where ``matrix_formats`` has the formats by parameters' paths
     (those that are not in it are in ``weights``).
     """
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints.held import QUANTIZATIONS
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.request import Request
 from jaxinfer_entrypoints.benchmarks.measuring import describe
 from jaxinfer_entrypoints.benchmarks.weight_formats import KV_FORMATS, compare_formats, format_table

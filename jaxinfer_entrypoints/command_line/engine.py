@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoints.configs import configured_models
 from checkpoints.fetch.catalog import CATALOG
-from checkpoints.held import QUANTIZATIONS
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import KV_DTYPES, EngineConfig
 from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
 from jaxinfer_entrypoints.loading.options import DTYPES, VERIFICATIONS, LoadOptions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, TypedDict
 
-from checkpoints.held import QUANTIZATIONS
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import KV_DTYPES, EngineConfig
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 

@@ -21,7 +21,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from checkpoints.converted.checkpoint import OrbaxCheckpoint
 from checkpoints.gguf.file import GGUFFile
 from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer_entrypoints.memory.peak import PeakMemory
@@ -53,7 +52,7 @@ def use(path: Path) -> None:
     checkpoint = open_checkpoint(path)
     spec, sampling = checkpoint.tokenizer, checkpoint.default_sampling
     assert sampling.temperature >= 0
-    if not isinstance(checkpoint, OrbaxCheckpoint):  # whose parameters are not damaged here
+    if checkpoint.tensors is not None:  # whose parameters are not damaged here
         load_parameters(checkpoint, abstract_parameters(checkpoint.model))
     try:
         tokenizer = Tokenizer(spec)

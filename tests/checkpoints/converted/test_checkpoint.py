@@ -12,15 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from checkpoints.checkpoint import Quantization
 from checkpoints.converted import checkpoint as orbax
 from checkpoints.converted.checkpoint import OrbaxCheckpoint
 from checkpoints.converted.convert import convert, provenance
-from checkpoints.converted.quantization import Quantization
 from checkpoints.gguf.checkpoint import GGUFCheckpoint
-from checkpoints.held import kept_formats
 from checkpoints.load import load_parameters, open_checkpoint
+from checkpoints.stored import require_stored_formats
 from jaxinfer import models, sharding
-from jaxinfer.config import KEPT, AnyTokenizer, DtypePolicy, TokenizerSpec
+from jaxinfer.config import STORED, AnyTokenizer, DtypePolicy, TokenizerSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import make_mesh
@@ -115,7 +115,7 @@ def test_the_integers_of_a_file_are_converted(tmp_path: Path) -> None:
     path, folder = tmp_path / "model.gguf", tmp_path / "converted"
     path.write_bytes(llama_bytes(Q4_1))
     source = GGUFCheckpoint(path)
-    quantization = Quantization(KEPT, kept_formats("it", source))
+    quantization = Quantization(STORED, require_stored_formats("it", source))
     convert(source, folder, np.dtype(np.float32), {}, None, quantization)
     checkpoint = OrbaxCheckpoint(folder)
     assert checkpoint.quantization == quantization
@@ -123,7 +123,7 @@ def test_the_integers_of_a_file_are_converted(tmp_path: Path) -> None:
     _, state = models.abstract(source.model, dtypes)
     abstract = sharding.abstract_parameters(state, make_mesh(jax.devices()[:1]))
     made = quantized_weights(source.model, dtypes)
-    wanted = load_parameters(source, abstract, quantized=made, keeps=True)
+    wanted = load_parameters(source, abstract, quantized=made, stored=True)
     found = load_parameters(checkpoint, abstract, quantized=made)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
