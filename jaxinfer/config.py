@@ -255,7 +255,7 @@ class DtypePolicy:
 
 @dataclass(frozen=True)
 class DraftModel:
-    """A smaller model of the same vocabulary that guesses the next tokens of a larger one."""
+    """A smaller model of the same vocabulary that drafts the next tokens of a larger one."""
 
     model: ModelConfig
     dtypes: DtypePolicy
@@ -276,10 +276,10 @@ class EngineConfig:
     request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
     ``attention``: name of the backend, instead of the first that takes the case.
 
-    ``draft``: who guesses tokens that the model then verifies, None for nobody: the text (ngram),
+    ``draft``: who drafts tokens that the model then verifies, None for nobody: the text (ngram),
     the model's first ``num_draft_layers`` (layers), or a model of its own (model). At most
     ``num_drafts`` of a sequence in a step, and of at most ``max_draft_seqs`` sequences at once.
-    ``adapt_drafts``: where guesses are measured not to pay, steps are plain. ``verify``: a guess is
+    ``adapt_drafts``: where drafts are measured not to pay, steps are plain. ``verify``: a draft is
     accepted if it is the model's own choice with the position's noise (exact, the tokens of plain
     decoding), or by rejection sampling (rejection, the same distribution, other tokens).
     """

@@ -292,7 +292,7 @@ class Engine:
             self._drafts.note(len(schedule.decodes), has_drafts, seconds / schedule.num_steps)
 
     def _room(self, num_decodes: int) -> int:
-        """Decodes that a step with guesses has room for, of those compiled."""
+        """Decodes that a step with drafts has room for, of those compiled."""
         rooms = [s.num_decodes for s in self._programs if s.num_drafts and not s.num_tiles]
         return min((room for room in rooms if room >= num_decodes), default=0)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from checkpoints.calibration import CALIBRATED, METHODS, WINDOW, Calibration
 from checkpoints.checkpoint import PLAIN, Checkpoint, Quantization
-from checkpoints.converted.convert import convert, provenance
+from checkpoints.converted.convert import Rounding, convert, provenance
 from checkpoints.fetch.catalog import resolve
 from checkpoints.load import open_checkpoint
 from checkpoints.stored import QUANTIZATIONS, require_stored_formats
@@ -64,7 +64,8 @@ def convert_model() -> None:
                 "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             }
     with phases.phase("convert", unit="tensors") as progress:
-        convert(checkpoint, folder, dtype, origin, progress, quantization, calibration)
+        rounding = Rounding(quantization, calibration)
+        convert(checkpoint, folder, dtype, origin, progress, rounding)
     phases.print_table()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     kind = quantization.name or dtype.name

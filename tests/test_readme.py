@@ -21,16 +21,18 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.gguf.tiny_gguf import UINT32, llama_bytes
+from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # What a command matches -> a file, and a line in it, that runs such a command.
 ELSEWHERE = {
-    r"make (setup|test)": (".ci/run", "phase make \\1"),
+    r"make (setup|test-all)": (".ci/run", "phase make \\1"),
+    r"make (test)": ("Makefile", "test-thorough: "),
     r"make (lint)": (".ci/run", "phase .venv/bin/ruff check"),
     r"make \w+ EXTRAS=gpu\b.*": ("tests/gpu/test_serve.py", '"scripts/serve.py"), "--gpu"'),
-    r"make (test-aot|aot)": (".ci/run", "phase make test-aot"),
+    r"make (test-aot|aot)": ("Makefile", "--no-print-directory test-aot"),
     # Minutes, for what they compile.
     r"\.venv-aot/bin/python scripts/serve\.py .*--compile-only": (
         "tests/aot/test_compile_only.py",
@@ -199,7 +201,7 @@ def start(text: str, checkout: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = HANG_SECONDS) -> tuple[str, str]:
     """Standard output and standard error, when it has ended."""
     try:
         return process.communicate(timeout=seconds)
@@ -223,7 +225,7 @@ def start_server(text: str, checkout: Path) -> tuple[subprocess.Popen[str], str]
     assert server.stdout
     line = server.stdout.readline()
     if not line.startswith("SERVING"):
-        finish(server, 10)
+        finish(server)
         pytest.fail(f"{text}: {line}{(checkout / 'serve.log').read_text()[-2000:]}")
     return server, line
 
@@ -231,7 +233,7 @@ def start_server(text: str, checkout: Path) -> tuple[subprocess.Popen[str], str]
 def stop_server(server: subprocess.Popen[str]) -> None:
     """As whoever presses Ctrl-C does."""
     os.killpg(server.pid, signal.SIGINT)
-    out, _ = finish(server, 60)
+    out, _ = finish(server)
     assert out == "stopped\n"
 
 
@@ -263,6 +265,7 @@ def same(output: str, shown: str) -> bool:
 
 @pytest.mark.model
 @pytest.mark.parametrize("command", HERE, ids=lambda command: command.text)
+@pytest.mark.thorough("the README's commands")
 def test_a_command_runs(command: Command, checkout: Path, request: pytest.FixtureRequest) -> None:
     text = prepare(command.text, checkout)
     if SERVES.match(text) and not ENDS.search(text):
@@ -354,7 +357,7 @@ def test_commands_are_found_wherever_they_stand() -> None:
 
 
 def test_commands_elsewhere_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place_of(Command("make test")) == (".ci/run", "phase make test")
+    assert place_of(Command("make test-all")) == (".ci/run", "phase make test-all")
     monkeypatch.setitem(ELSEWHERE, "make fun", (".ci/run", "phase make fun"))
     with pytest.raises(AssertionError, match=r"\.ci/run has no 'phase make fun'"):
         place_of(Command("make fun"))

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -249,14 +250,21 @@ class OrbaxCheckpoint:
                 )
 
 
+@dataclass(frozen=True)
+class Described:
+    """A converted checkpoint without its parameters. ``provenance``: see ``convert.provenance``."""
+
+    model: ModelConfig
+    tokenizer: AnyTokenizer
+    default_sampling: SamplingParams
+    provenance: Mapping[str, Any]
+    quantization: Quantization = PLAIN
+
+
 def write_checkpoint(
     folder: Path,
-    model: ModelConfig,
-    tokenizer: AnyTokenizer,
-    default_sampling: SamplingParams,
+    described: Described,
     parameters: Mapping[ParameterPath, np.ndarray | Mapping[str, np.ndarray]],
-    provenance: Mapping[str, Any],
-    quantization: Quantization = PLAIN,
 ) -> None:
     """Writes ``folder``, which must not exist: whole, or not at all.
 
@@ -276,11 +284,12 @@ def write_checkpoint(
     try:
         description = {
             "format": FORMAT,
-            "model": to_json(model),
-            "default_sampling": to_json(default_sampling),
-            "quantization": quantization_to_json(quantization),
-            "provenance": dict(provenance),
+            "model": to_json(described.model),
+            "default_sampling": to_json(described.default_sampling),
+            "quantization": quantization_to_json(described.quantization),
+            "provenance": dict(described.provenance),
         }
+        tokenizer = described.tokenizer
         (kind,) = (kind for kind, of in _TOKENIZERS.items() if type(tokenizer) is of)
         _write_json(unfinished / DESCRIPTION, description, indent=1)
         _write_json(unfinished / VOCABULARY, {"kind": kind, **to_json(tokenizer)})

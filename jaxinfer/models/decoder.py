@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
         """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included.
 
         As many layers compute as there are ``kv_pages``, the first ones: all of them, or those that
-        guess for the others.
+        draft for the others.
         """
         x, ropes = self.embed(token_ids), self.ropes(batch.positions())
         written = []

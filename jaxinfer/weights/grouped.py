@@ -19,7 +19,7 @@ from jaxinfer.sharding import RULES
 from jaxinfer.weights.formats import GROUPS, GroupedFormat
 from jaxinfer.weights.integers import Integers
 from jaxinfer.weights.rounding import nearest, steps_of_groups
-from jaxinfer.weights.split import split_product
+from jaxinfer.weights.split import ProductAxes, split_product
 from pallas_kernels.quantized_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul.nibbles import pack_nibbles, unpack_nibbles
 from pallas_kernels.quantized_matmul.reference import dequantized
@@ -159,7 +159,7 @@ class GroupedMatrix:
         rows = inputs.reshape(inputs.shape[0], -1)
         arrays, (first, *outputs) = (self.values, self.scales, self.minimums), self.axes
         products = split_product(
-            grouped_matmul, rows, arrays, (self.axes,) * 3, first, tuple(outputs)
+            grouped_matmul, rows, arrays, (self.axes,) * 3, ProductAxes(first, tuple(outputs))
         )
         return products.reshape(rows.shape[0], -1, *self.merged) if self.merged else products
 

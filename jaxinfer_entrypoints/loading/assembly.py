@@ -77,7 +77,7 @@ class LoadedModel:
 
 
 def largest_shape(engine: Engine, *_: object) -> Sequence[BatchShape]:
-    """For work that is all prompt, and for programs that make further engines: no guesses."""
+    """For work that is all prompt, and for programs that make further engines: no drafts."""
     return [shape for shape in engine.shapes if not shape.num_drafts][-1:]
 
 

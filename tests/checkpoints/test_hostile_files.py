@@ -46,6 +46,8 @@ _PHASES = (Phase.generate, Phase.shrink)
 TEXT = "ab 12, <|end|> \u00e4\u4e2d <tool>"
 CHAT = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "ab"}]
 
+pytestmark = pytest.mark.thorough("2,000 damaged files")
+
 
 def use(path: Path) -> None:
     """All that a program does with a checkpoint before it runs it."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from checkpoints.converted.checkpoint import OrbaxCheckpoint
-from checkpoints.converted.convert import convert
+from checkpoints.converted.convert import Rounding, convert
 from checkpoints.converted.quantization import Quantization
 from checkpoints.hugging_face.checkpoint import HuggingFaceCheckpoint
 from checkpoints.load import load_parameters
@@ -157,7 +157,7 @@ def test_integers_are_converted(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "packed", 97)
     source = HuggingFaceCheckpoint(tmp_path / "packed")
     quantization = Quantization(STORED, require_stored_formats("it", source))
-    convert(source, tmp_path / "converted", np.dtype(np.float32), {}, None, quantization)
+    convert(source, tmp_path / "converted", np.dtype(np.float32), {}, None, Rounding(quantization))
     checkpoint, dtypes = OrbaxCheckpoint(tmp_path / "converted"), quantization.policy
     _, state = models.abstract(source.model, dtypes)
     abstract = abstract_parameters(state, make_mesh(jax.devices()[:1]))
