@@ -1,53 +1,31 @@
-"""From a file on disk to parameters on devices: find the format, assemble, cast, place.
+"""The way from a file on disk to parameters on devices: its form found, what is wanted checked.
 
 Knows no module: the abstract parameters say what is wanted, by path.
 """
 
-import math
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from checkpoints.checkpoint import Checkpoint, Loadable, Progress, Wanted
 from checkpoints.converted.checkpoint import DESCRIPTION, OrbaxCheckpoint
 from checkpoints.gguf.checkpoint import GGUFCheckpoint
 from checkpoints.gguf.file import MAGIC
 from checkpoints.hugging_face.checkpoint import CONFIG, HuggingFaceCheckpoint
-from checkpoints.maker import Maker, Weights
 from checkpoints.parameters import ParameterPath
 from checkpoints.shard_name import without_later_shards
-from jaxinfer.config import AnyTokenizer, ModelConfig
-from jaxinfer.models import parameter_shapes
-from jaxinfer.request import SamplingParams
-from jaxinfer.sharding import physical_model, physical_shape, place
+from jaxinfer.config import ModelConfig
+from jaxinfer.models import declared_parameters
+from jaxinfer.sharding import physical_model, physical_shape
 from jaxinfer.weights import QuantizedWeight
 
-# Dequantization is bound by memory, and each thread holds a parameter: more bring nothing.
-NUM_THREADS = min(8, os.cpu_count() or 1)
+__all__ = ["Checkpoint", "load_parameters", "open_checkpoint"]
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-class Described(Protocol):
-    """A checkpoint besides its weights: its tokenizer, and how it is to be sampled."""
-
-    @property
-    def tokenizer(self) -> AnyTokenizer: ...
-
-    @property
-    def default_sampling(self) -> SamplingParams: ...
-
-
-class TensorCheckpoint(Weights, Described, Protocol):
-    """A checkpoint whose tensors parameters are made of."""
-
-
-Checkpoint = TensorCheckpoint | OrbaxCheckpoint
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -89,65 +67,30 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def load_parameters(
-    checkpoint: Weights | OrbaxCheckpoint,
+    checkpoint: Loadable,
     abstract: Mapping[Any, Any],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     num_devices: int = 1,
     quantized: Mapping[ParameterPath, QuantizedWeight] = MappingProxyType({}),
-    keeps: bool = False,
+    stored: bool = False,
 ) -> dict[Any, Any]:
     """Returns parameters in the structure, shapes, dtypes and shardings of ``abstract``.
 
     ``abstract`` is a nested dict (list indices are int keys) of ``jax.ShapeDtypeStruct``, the
-    parameters of the model's own module; checkpoints/parameters.py says what each is made of.
+    parameters of the model's own module, whose declarations say what each is made of.
     A matrix in ``quantized`` is a dict there, of the arrays that its declaration makes: rounded
-    here, or with ``keeps`` the integers that the checkpoint has (see held.py). A converted folder
-    that has them gives no others.
+    here, or with ``stored`` the integers that the checkpoint has (see stored.py). A converted
+    folder that has them gives no others.
 
     ``num_devices`` is what ``abstract`` was made for: its shapes are those of ``physical_model``,
     and heads are repeated and ends padded with zeros accordingly.
-    ``progress(done, total)`` is called in this thread after each parameter. The host holds the
-    parameters being made, one a thread, besides what the devices hold. Raises ``ValueError``
+    ``progress(done, total)`` is called in this thread after each parameter. Raises ``ValueError``
     naming the paths that are missing, unknown, of another shape, or not finite (and their file).
     """
-    wanted: dict[ParameterPath, Any] = dict(_leaves(abstract, (), quantized))
-    model = checkpoint.model
-    _check_paths(wanted, model, num_devices, quantized)
-    if isinstance(checkpoint, OrbaxCheckpoint):
-        restored = checkpoint.restore(wanted, num_devices, progress, quantized)
-        return _like(abstract, (), restored)
-    maker = Maker(checkpoint, quantized, keeps, num_devices)
-
-    def make(path: ParameterPath) -> Any:
-        if path not in quantized:
-            return place(np.asarray(maker.make(path, wanted[path].dtype)), wanted[path])
-        arrays = maker.make(path, np.dtype(np.float32))
-        assert isinstance(arrays, Mapping)
-        return {name: place(np.asarray(arrays[name]), wanted[path][name]) for name in arrays}
-
-    return _like(abstract, (), make_all(make, parameter_shapes(model), progress))
-
-
-def make_all(
-    make: Callable[[ParameterPath], Any],
-    shapes: Mapping[ParameterPath, tuple[int, ...]],
-    progress: Callable[[int, int], None] | None,
-) -> dict[ParameterPath, Any]:
-    """``make(path)`` of every path in ``shapes``, several at a time; the first error ends it."""
-    made: dict[ParameterPath, Any] = {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        # The largest first, so that no thread is left alone with it at the end.
-        order = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
-        futures = {pool.submit(make, path): path for path in order}
-        try:
-            for future in as_completed(futures):
-                made[futures[future]] = future.result()
-                if progress:
-                    progress(len(made), len(futures))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return made
+    arrays: dict[ParameterPath, Any] = dict(_leaves(abstract, (), quantized))
+    _check_paths(arrays, checkpoint.model, num_devices, quantized)
+    wanted = Wanted(arrays, num_devices, quantized, stored, progress)
+    return _like(abstract, (), checkpoint.load(wanted))
 
 
 def _leaves(tree: Any, path: ParameterPath, quantized: Mapping[ParameterPath, QuantizedWeight]):
@@ -172,12 +115,12 @@ def _check_paths(
     quantized: Mapping[ParameterPath, QuantizedWeight],
 ) -> None:
     physical = physical_model(model, num_devices)
-    expected = parameter_shapes(model)
+    expected = declared_parameters(model)
     for path in wanted:
         if path not in expected:
             raise ValueError(f"the checkpoint has nothing for parameter {path}")
-    for path, logical in expected.items():
-        shape = physical_shape(str(path[-1]), logical, physical)
+    for path, declared in expected.items():
+        shape = physical_shape(declared.axes, declared.shape, physical)
         if path not in wanted:
             raise ValueError(f"the model lacks parameter {path}, which the checkpoint has")
         if path in quantized:

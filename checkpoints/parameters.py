@@ -1,15 +1,15 @@
-"""Parameters made of canonical tensors: of which, and how.
+"""The making of parameters from canonical tensors, as their declarations say it.
 
-Parameters are the modules' own (jaxinfer/models): named by the last part of their path, in the
-order of dimensions that their products want. Canonical tensors: see tensor_names. Axis letters: E
-embed, G kv heads, R query heads of a kv head, D head dim, F ffn, V vocab, X experts.
+Knows no parameter by its name (jaxinfer/declaration.py). Canonical tensors: see tensor_names.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from checkpoints.gguf.blocks import aligned_empty
+from jaxinfer.declaration import Declaration, Sources
 
 ParameterPath = tuple[str | int, ...]
 Shape = tuple[int, ...]
@@ -17,89 +17,60 @@ Shape = tuple[int, ...]
 ReadTensor = Callable[[str], np.ndarray]
 
 
-def tensor_shapes(
-    parameter_shapes: Mapping[ParameterPath, Shape], is_tied: bool
-) -> dict[str, Shape]:
-    """The shapes of all canonical tensors that a model's parameters are made of, by name."""
+def tensor_shapes(parameters: Mapping[ParameterPath, Declaration]) -> dict[str, Shape]:
+    """Returns the shapes of all canonical tensors that parameters are made of, by name."""
     shapes: dict[str, Shape] = {}
-    for path, shape in parameter_shapes.items():
-        for part, part_shape in _sources(str(path[-1]), shape, is_tied).items():
-            shapes[_prefix(path) + part] = part_shape
+    for path, declared in parameters.items():
+        for name, part in _parts(path, declared):
+            sizes = [one.stop - one.start for one in part]
+            shapes[name] = tuple(
+                math.prod(sizes[axis] for axis in axes) for axes in declared.tensor_axes
+            )
     return shapes
 
 
-def source_names(path: ParameterPath, shape: Shape, is_tied: bool) -> list[str]:
-    """The canonical tensors that the parameter at ``path`` is made of."""
-    return [_prefix(path) + part for part in _sources(str(path[-1]), shape, is_tied)]
+def source_names(path: ParameterPath, declared: Declaration) -> list[str]:
+    """Returns the names of the canonical tensors that the parameter at ``path`` is made of."""
+    return [name for name, _ in _parts(path, declared)]
 
 
 def assemble(
-    path: ParameterPath, shape: Shape, dtype: np.dtype, tensor: ReadTensor, is_tied: bool
+    path: ParameterPath,
+    declared: Declaration,
+    dtype: np.dtype,
+    tensor: ReadTensor,
+    shape: Shape | None = None,
 ) -> np.ndarray:
-    """The parameter at ``path``, of logical ``shape``; ``tensor`` takes canonical names."""
-    name = str(path[-1])
-    parts = [tensor(source) for source in source_names(path, shape, is_tied)]
-    match name:
-        case "qkv":
-            return _stack_heads(parts, shape, dtype)
-        case "qkv_bias":
-            biases = [part.reshape(1, -1) for part in parts]
-            return _stack_heads([part.T for part in biases], (1, *shape), dtype)[0]
-        case "gate_up":
-            out = aligned_empty(shape, dtype)
-            out[:, 0], out[:, 1] = parts[0].T, parts[1].T
-            return out
-        case "experts_gate_up":
-            out, ffn = aligned_empty(shape, dtype), shape[2] // 2
-            out[:, :, :ffn] = parts[0].swapaxes(1, 2)
-            out[:, :, ffn:] = parts[1].swapaxes(1, 2)
-            return out
-        case "experts_down":
-            array = parts[0].swapaxes(1, 2)
-        case "o_proj" | "down_proj" | "lm_head" | "router":
-            array = parts[0].T
-        case _:
-            array = parts[0]
-    return np.ascontiguousarray(array, dtype).reshape(shape)
+    """Returns the parameter at ``path`` in ``dtype``; ``tensor`` takes canonical names.
 
-
-def _prefix(path: ParameterPath) -> str:
-    return f"layers.{path[1]}." if path[0] == "layers" else ""
-
-
-def _sources(name: str, shape: Shape, is_tied: bool) -> dict[str, Shape]:
-    """The canonical tensors of a parameter, in order, with their shapes."""
-    match name, shape:
-        case "qkv", (embed, groups, heads, head_dim):
-            key = (groups * head_dim, embed)
-            return {"q": (groups * (heads - 2) * head_dim, embed), "k": key, "v": key}
-        case "qkv_bias", (groups, heads, head_dim):
-            key = (groups * head_dim,)
-            return {"q_bias": (groups * (heads - 2) * head_dim,), "k_bias": key, "v_bias": key}
-        case "o_proj", (groups, heads, head_dim, embed):
-            return {"o": (embed, groups * heads * head_dim)}
-        case "gate_up", (embed, _, ffn):
-            return {"gate": (ffn, embed), "up": (ffn, embed)}
-        case "down_proj", (ffn, embed):
-            return {"down": (embed, ffn)}
-        case "experts_gate_up", (experts, embed, both):
-            half = (experts, both // 2, embed)
-            return {"experts_gate": half, "experts_up": half}
-        case "experts_down", (experts, ffn, embed):
-            return {"experts_down": (experts, embed, ffn)}
-        case "router", (embed, experts):
-            return {"router": (experts, embed)}
-        case "lm_head", (embed, vocab):
-            return {"embed_tokens" if is_tied else "lm_head": (vocab, embed)}
-    return {name: shape}
-
-
-def _stack_heads(parts: list[np.ndarray], shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Q, K and V [out, E] -> [E, G, R + 2, D]."""
-    embed, groups, heads, head_dim = shape
+    ``shape`` is another than the declared one for scales, which have fewer inputs.
+    """
+    shape = shape or declared.shape
+    order = [axis for axes in declared.tensor_axes for axis in axes]
+    parts = list(_parts(path, declared))
+    if len(parts) == 1:
+        ((name, _),) = parts
+        split = tensor(name).reshape([shape[axis] for axis in order])
+        # Not copied where the tensor lies as it is wanted.
+        return np.ascontiguousarray(split.transpose(np.argsort(order)), dtype)
     out = aligned_empty(shape, dtype)
-    query, key, value = (part.T for part in parts)
-    out[:, :, : heads - 2] = query.reshape(embed, groups, heads - 2, head_dim)
-    out[:, :, heads - 2] = key.reshape(embed, groups, head_dim)
-    out[:, :, heads - 1] = value.reshape(embed, groups, head_dim)
+    for name, part in parts:
+        view = out[part].transpose(order)
+        view[...] = tensor(name).reshape(view.shape)
     return out
+
+
+def _parts(path: ParameterPath, declared: Declaration) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """The canonical tensors of a parameter, in order, and where in it each of them lies."""
+    prefix = f"layers.{path[1]}." if path[0] == "layers" else ""
+    sources = declared.sources or Sources((str(path[-1]),))
+    whole = [slice(0, size) for size in declared.shape]
+    if sources.joined is None:
+        (name,) = sources.names
+        yield prefix + name, tuple(whole)
+        return
+    axis, start = declared.axes.index(sources.joined), 0
+    for name, size in zip(sources.names, sources.sizes, strict=True):
+        part = slice(start, start + size)
+        yield prefix + name, (*whole[:axis], part, *whole[axis + 1 :])
+        start += size

@@ -85,7 +85,7 @@ class Batch:
     num_steps: jax.Array  # [] int32, how many steps a call without chunks may run
     decode_slots: jax.Array  # [D] int32
     max_tokens: jax.Array  # [D] int32, how many tokens the call may yield at most
-    max_drafts: jax.Array  # [D] int32, how many guesses of a step are verified at most
+    max_drafts: jax.Array  # [D] int32, how many drafts of a step are verified at most
     chunk_slots: jax.Array  # [N] int32
     chunk_starts: jax.Array  # [N] int32, position of the tile's first token
     chunk_lens: jax.Array  # [N] int32
@@ -99,7 +99,7 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """The shapes that are compiled, smallest first; at most ten without drafts.
 
     At least 8 decode rows, padding included: matrix products with fewer rows take another code
-    path on XLA:CPU, and a row's bits would depend on how many neighbours it has. So the guesses of
+    path on XLA:CPU, and a row's bits would depend on how many neighbours it has. So the drafts of
     a single sequence may take the place of padding, and cost nothing.
     """
     most = -(-config.max_num_seqs // 8) * 8
@@ -119,7 +119,7 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
 def fitting_shape(
     shapes: tuple[BatchShape, ...], schedule: Schedule, chunk_tile: int
 ) -> BatchShape:
-    """The smallest compiled shape that holds ``schedule``; a plain one if guesses do not fit."""
+    """The smallest compiled shape that holds ``schedule``; a plain one if drafts do not fit."""
     tiles = sum(-(-len(chunk.token_ids) // chunk_tile) for chunk in schedule.chunks)
     fitting = [
         shape
@@ -166,7 +166,7 @@ class Packer:
     def pack(self, schedule: Schedule, shape: BatchShape) -> tuple[np.ndarray, list[int]]:
         """A new buffer, and for every scheduled sequence its logits row, decodes before chunks.
 
-        Of a decode with guesses the first of its rows.
+        Of a decode with drafts the first of its rows.
         """
         for sequence in schedule.decodes:
             self._update_slot(sequence)

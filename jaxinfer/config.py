@@ -210,8 +210,8 @@ MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 # What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
 KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
 
-# As the checkpoint holds them: a name of what is no format but many.
-KEPT = "checkpoint"
+# As the checkpoint stores them: a name of what is no format but many.
+STORED = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class DtypePolicy:
     """Names of the dtypes a model runs in. Logits, softmax and norms are float32 everywhere.
 
     ``quantization``: name of the format of matrices (jaxinfer/weights), None for ``weights``;
-    KEPT for that of the checkpoint, where ``matrix_formats`` has the formats by parameters' paths
+    STORED for that of the checkpoint, where ``matrix_formats`` has the formats by parameters' paths
     (those that are not in it are in ``weights``).
     """
 
@@ -255,7 +255,7 @@ class DtypePolicy:
 
 @dataclass(frozen=True)
 class DraftModel:
-    """A smaller model of the same vocabulary that guesses the next tokens of a larger one."""
+    """A smaller model of the same vocabulary that drafts the next tokens of a larger one."""
 
     model: ModelConfig
     dtypes: DtypePolicy
@@ -276,10 +276,10 @@ class EngineConfig:
     request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
     ``attention``: name of the backend, instead of the first that takes the case.
 
-    ``draft``: who guesses tokens that the model then verifies, None for nobody: the text (ngram),
+    ``draft``: who drafts tokens that the model then verifies, None for nobody: the text (ngram),
     the model's first ``num_draft_layers`` (layers), or a model of its own (model). At most
     ``num_drafts`` of a sequence in a step, and of at most ``max_draft_seqs`` sequences at once.
-    ``adapt_drafts``: where guesses are measured not to pay, steps are plain. ``verify``: a guess is
+    ``adapt_drafts``: where drafts are measured not to pay, steps are plain. ``verify``: a draft is
     accepted if it is the model's own choice with the position's noise (exact, the tokens of plain
     decoding), or by rejection sampling (rejection, the same distribution, other tokens).
     """

@@ -219,6 +219,17 @@ class Engine:
         )
         self._state = allocate()
 
+    def close(self) -> None:
+        """Frees what ``start`` took of the devices' memory, and the programs; nothing runs after.
+
+        The parameters are the caller's and stay.
+        """
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()
+        self._parameters, self._state = None, None
+        self._programs, self._set_slot = {}, None
+        self._in_flight.clear()
+
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
         request.check_fits(self.spec.model.vocab_size, self.spec.config.max_model_len)
@@ -281,7 +292,7 @@ class Engine:
             self._drafts.note(len(schedule.decodes), has_drafts, seconds / schedule.num_steps)
 
     def _room(self, num_decodes: int) -> int:
-        """Decodes that a step with guesses has room for, of those compiled."""
+        """Decodes that a step with drafts has room for, of those compiled."""
         rooms = [s.num_decodes for s in self._programs if s.num_drafts and not s.num_tiles]
         return min((room for room in rooms if room >= num_decodes), default=0)
 

@@ -28,6 +28,6 @@ class EngineSpec:
             )
         if self.config.num_draft_layers >= self.model.num_hidden_layers:
             raise ValueError(
-                f"a model of {self.model.num_hidden_layers} layers can guess with its first "
+                f"a model of {self.model.num_hidden_layers} layers can draft with its first "
                 f"{self.model.num_hidden_layers - 1} at most, got {self.config.num_draft_layers}"
             )

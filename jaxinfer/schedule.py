@@ -14,14 +14,14 @@ class ScheduledSequence:
 
     A chunk's ``token_ids`` stand at positions ``start ..``. A decode has none of its own: the
     device knows its last token and position; ``num_tokens`` says how many it may yield at most
-    (a chunk: ``len(token_ids)``). Where guesses are verified ``start`` is the last position that it
+    (a chunk: ``len(token_ids)``). Where drafts are verified ``start`` is the last position that it
     may be at. ``page_ids`` are all pages it holds, enough for every
     position that is computed. ``samples`` is true when a new token comes of it: for decodes always,
     for a chunk when its last token is the last one known.
 
     ``admission`` numbers the times a slot was given to a sequence: it tells a preempted sequence
     that came back, or a new request with an old id, from the one a late step output belongs to.
-    Of a decode at most ``num_drafts`` guesses are verified in a step.
+    Of a decode at most ``num_drafts`` drafts are verified in a step.
     The first chunk of an admission has ``is_first``, and in ``cached_token_ids`` the tokens at
     positions before ``start``, whose keys and values were found in the prefix cache, of the first
     ``num_draft_cached`` of them also those of the draft model.
@@ -55,7 +55,7 @@ class Schedule:
 
     A preempted sequence that comes back brings its prompt and its output so far as chunks. Without
     chunks the device may run ``num_steps`` steps in one call. ``num_drafts`` is the largest of its
-    decodes' numbers of guesses.
+    decodes' numbers of drafts.
     """
 
     decodes: tuple[ScheduledSequence, ...] = ()
@@ -85,7 +85,7 @@ class SequenceOutput:
     """The yield of a call for one scheduled sequence.
 
     ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device, or
-    guesses were wrong: ``num_drafted`` were verified, ``num_accepted`` of them right. ``logprobs``
+    drafts were wrong: ``num_drafted`` were verified, ``num_accepted`` of them right. ``logprobs``
     go with them where asked for. ``prompt_logprobs`` are those of the tokens at positions
     ``start + 1 ..`` of a chunk, as far as they are prompt tokens. ``num_draft_tokens``: so many
     have keys and values of the draft model now.
@@ -115,7 +115,7 @@ class RequestOutput:
     choice 0's first output, one a prompt token, None for the first one. ``num_cached_tokens``
     counts prompt tokens that did not have to be computed when the choice was first admitted.
     ``queue_seconds`` is the time from ``Engine.add`` to the first step, None when not measured.
-    ``num_drafted_tokens`` were guessed and verified so far, ``num_accepted_tokens`` of them right.
+    ``num_drafted_tokens`` were drafted and verified so far, ``num_accepted_tokens`` of them right.
     """
 
     request_id: str
@@ -142,7 +142,7 @@ class EngineStats:
     prefix cache, also those of a preempted sequence that came back. ``num_chunk_tokens`` are
     counted when they are scheduled: prompts, and outputs computed again after preemption.
     ``num_free_pages`` includes ``num_cached_pages``, which nobody holds and a prompt may find.
-    ``num_drafted_tokens`` are guesses that were verified, ``num_accepted_tokens`` the right ones.
+    ``num_drafted_tokens`` are drafts that were verified, ``num_accepted_tokens`` the right ones.
     """
 
     num_running: int

@@ -25,7 +25,7 @@ from jaxinfer.sequence import Sequence
 
 _rank = attrgetter("rank")
 
-# Tokens a step of each decode with guesses, None if it had none -> how many to verify of each.
+# Tokens a step of each decode with drafts, None if it had none -> how many to verify of each.
 ChooseDrafts = Callable[[list[float | None]], int]
 
 
@@ -81,7 +81,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_drafted_tokens = 0
         self._num_accepted_tokens = 0
-        # Guesses that are found in the text cost the same however many they are.
+        # Drafts that are found in the text cost the same however many they are.
         self._adapts = config.adapt_drafts and config.draft in ("model", "layers")
 
     @property
@@ -157,7 +157,7 @@ class Scheduler:
         """Plans the next call and takes pages for the positions it computes.
 
         ``now``, on the clock of ``arrival_seconds``, is for telling how long requests waited.
-        ``choose_drafts`` says how many guesses to verify in a step, from what each decode has
+        ``choose_drafts`` says how many drafts to verify in a step, from what each decode has
         gained by them.
         """
         self._note_last_chunks()
@@ -216,7 +216,7 @@ class Scheduler:
             if scheduled.samples:
                 num_expected = 1 if scheduled.token_ids else scheduled.num_tokens
                 sequence.num_in_flight_tokens -= num_expected
-                # Fewer come when the last of them ends the sequence, or guesses were wrong.
+                # Fewer come when the last of them ends the sequence, or drafts were wrong.
                 sequence.num_computed_tokens -= num_expected - len(output.token_ids)
                 if scheduled.num_drafts:
                     sequence.note_gain(output)
@@ -247,7 +247,7 @@ class Scheduler:
             assert 0 <= s.num_in_flight_tokens <= s.request.max_tokens - s.num_output_tokens
             assert s.num_computed_tokens <= s.num_tokens + s.num_in_flight_tokens
             num_pages = self.page_pool.num_pages_for(s.num_computed_tokens)
-            # More where guesses were wrong, for which there had to be room.
+            # More where drafts were wrong, for which there had to be room.
             num_spare = len(s.page_ids) - num_pages
             most = self.config.max_steps_per_call * (self.config.num_drafts + 1)
             is_exact = self.config.draft is None
@@ -266,7 +266,7 @@ class Scheduler:
     def _num_drafts(
         self, decoding: list[Sequence], num_steps: int, choose_drafts: ChooseDrafts
     ) -> int:
-        """As many as are wanted, where nobody must be preempted for what may be guessed wrong."""
+        """As many as are wanted, where nobody must be preempted for what may be drafted wrong."""
         if not decoding or len(decoding) > self.config.max_draft_seqs:
             return 0
         chosen = choose_drafts([s.draft_gain for s in decoding])
@@ -278,7 +278,7 @@ class Scheduler:
         return min(num_drafts, sequence.num_drafts) if self._adapts else num_drafts
 
     def _most_tokens(self, sequence: Sequence, num_steps: int, num_drafts: int) -> int:
-        """Tokens of a call, if all guesses are right."""
+        """Tokens of a call, if all drafts are right."""
         most = num_steps * (self._drafts_of(sequence, num_drafts) + 1)
         return min(most, sequence.num_remaining_tokens)
 

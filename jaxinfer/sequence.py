@@ -10,9 +10,9 @@ from jaxinfer.schedule import (
     TokenLogprobs,
 )
 
-# How many tokens a sequence whose guesses were all wrong goes on without, before one is tried.
+# How many tokens a sequence whose drafts were all wrong goes on without, before one is tried.
 TOKENS_WITHOUT_DRAFTS = 16
-# Weight of the newest step in what guesses bring a sequence: some steps, since texts change.
+# Weight of the newest step in what drafts bring a sequence: some steps, since texts change.
 NEWEST_GAIN = 0.2
 
 
@@ -25,7 +25,7 @@ class Sequence:
 
     ``num_computed_tokens`` counts what calls were scheduled for, read or not. The tokens that
     calls in flight sample are not in ``token_ids`` yet but counted in ``num_in_flight_tokens``.
-    Both are the most that may be where guesses are verified; what was too much is taken back when a
+    Both are the most that may be where drafts are verified; what was too much is taken back when a
     call is read, and pages taken for it stay with the sequence.
 
     ``rank``: smaller is served first and preempted last. It is the time of arrival less a bonus for
@@ -38,9 +38,9 @@ class Sequence:
 
     ``salt`` is the domain of the prefix cache; ``digests[i]`` identifies the tokens up to the end
     of page i, and the first ``num_registered_pages`` of ``page_ids`` need not be registered again.
-    ``draft_gain``: tokens a step that guesses brought in the last of ``num_gains`` calls with
-    guesses, 1 for none that was right.
-    ``num_drafts`` guesses are wanted in a step where guesses adapt; ``num_undrafted`` tokens came
+    ``draft_gain``: tokens a step that drafts brought in the last of ``num_gains`` calls with
+    drafts, 1 for none that was right.
+    ``num_drafts`` drafts are wanted in a step where drafts adapt; ``num_undrafted`` tokens came
     since the last one. The first ``num_draft_tokens`` are known to have keys and values of the
     draft model, and the cache knows it of the first ``num_drafted_pages``.
     """
@@ -107,7 +107,7 @@ class Sequence:
         return self.choice == 0 and self.request.prompt_logprobs is not None
 
     def note_gain(self, output: SequenceOutput) -> None:
-        """Tokens a step of a call with guesses: a mean at first, then recent ones count more."""
+        """Tokens a step of a call with drafts: a mean at first, then recent ones count more."""
         num_steps = len(output.token_ids) - output.num_accepted
         if num_steps > 0:
             gain = len(output.token_ids) / num_steps
@@ -116,7 +116,7 @@ class Sequence:
             self.draft_gain = known + max(NEWEST_GAIN, 1 / self.num_gains) * (gain - known)
 
     def adapt_drafts(self, output: SequenceOutput, most: int) -> None:
-        """Two more guesses where all of a call were right, one less where not; at most ``most``.
+        """Two more drafts where all of a call were right, one less where not; at most ``most``.
 
         The rule of assisted generation in transformers (Gante 2023), and further down to none:
         that is tried again some tokens later.

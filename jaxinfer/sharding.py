@@ -31,17 +31,14 @@ RULES: Mapping[str, str] = {
     "vocab": TENSOR,
 }
 
-# Parameters with heads: the axis of kv heads, and how many heads of the next axis are no queries.
-_HEAD_AXES = {"qkv": (1, 2), "qkv_bias": (0, 2), "o_proj": (0, 0)}
-# Parameters that are padded: the axis, and its size's name in the model.
-_PADDED_AXES = {
-    "gate_up": (2, "intermediate_size"),
-    "down_proj": (0, "intermediate_size"),
-    "experts_gate_up": (0, "num_experts"),
-    "experts_down": (0, "num_experts"),
-    "lm_head": (1, "vocab_size"),
-    "embed_tokens": (0, "vocab_size"),
+# Logical axes that are padded, and their sizes' names in the model.
+_PADDED: Mapping[str, str] = {
+    "ffn": "intermediate_size",
+    "experts": "num_experts",
+    "vocab": "vocab_size",
 }
+# Logical axes of the heads of each kv head, always next to "kv_heads", and how many are no queries.
+_HEADS: Mapping[str, int] = {"heads": 0, "heads_and_kv": 2}
 
 # Where the order of a weight's dimensions in memory decides whether its product copies it first.
 TILED_PLATFORMS = ("tpu",)
@@ -151,43 +148,36 @@ def can_divide_heads(model: ModelConfig, num_devices: int) -> bool:
     return kv_heads % num_devices == 0 or num_devices % kv_heads == 0
 
 
-def physical_shape(name: str, logical: tuple[int, ...], physical: ModelConfig) -> tuple[int, ...]:
-    """The shape in a model of ``physical`` shape of a parameter of ``logical`` shape.
-
-    ``name`` is the last part of its path.
-    """
+def physical_shape(
+    axes: Sequence[str | None], logical: tuple[int, ...], physical: ModelConfig
+) -> tuple[int, ...]:
+    """Returns the shape, for ``physical``, of a parameter of ``logical`` shape with ``axes``."""
     kv_heads = physical.num_key_value_heads
-    group = physical.num_attention_heads // kv_heads
-    if name in _HEAD_AXES:
-        axis, others = _HEAD_AXES[name]
-        return (*logical[:axis], kv_heads, group + others, *logical[axis + 2 :])
-    if name in _PADDED_AXES:
-        axis, field = _PADDED_AXES[name]
-        return (*logical[:axis], getattr(physical, field), *logical[axis + 1 :])
-    return logical
+    sizes: dict[str | None, int] = {"kv_heads": kv_heads}
+    sizes |= {axis: physical.num_attention_heads // kv_heads + n for axis, n in _HEADS.items()}
+    sizes |= {axis: getattr(physical, field) for axis, field in _PADDED.items()}
+    return tuple(sizes.get(axis, size) for axis, size in zip(axes, logical, strict=True))
 
 
 def physical_parameter(
-    name: str, logical: np.ndarray, model: ModelConfig, physical: ModelConfig
+    axes: Sequence[str | None], logical: np.ndarray, model: ModelConfig, physical: ModelConfig
 ) -> np.ndarray:
-    """The array that stands for ``logical`` in a model of ``physical`` shape, for the same outputs.
+    """Returns what stands for ``logical`` in a model of ``physical`` shape, for the same outputs.
 
-    ``name`` is the last part of the parameter's path. Those with heads have them dealt out, any
-    other is padded with zeros at the ends. Returns ``logical`` itself where nothing changes.
+    ``axes`` are its logical axes: kv heads are repeated, the heads beside them dealt out, and what
+    is divided is padded with zeros at its end. ``logical`` itself where nothing changes.
     """
     if model == physical:
         return logical
-    if name in _HEAD_AXES:
-        axis, others = _HEAD_AXES[name]
-        num_queries = logical.shape[axis + 1] - others
-        queries, rest = np.split(logical, [num_queries], axis=axis + 1)
-        copies = physical.num_key_value_heads // model.num_key_value_heads
-        queries = _deal_queries(queries, axis, model, physical)
-        return np.concatenate([queries, np.repeat(rest, copies, axis)], axis + 1)
-    if name in _PADDED_AXES:
-        axis, field = _PADDED_AXES[name]
-        return _pad(logical, axis, getattr(physical, field))
-    return logical
+    array = logical
+    if "kv_heads" in axes:
+        array = _repeat_heads(array, axes, model, physical)
+    for axis, name in enumerate(axes):
+        if name is not None and name in _PADDED:
+            size, wanted = (getattr(of, _PADDED[name]) for of in (model, physical))
+            # Scales of groups of inputs are as many fewer there as here.
+            array = _pad(array, axis, array.shape[axis] * wanted // size)
+    return array
 
 
 def explain_heads(model: ModelConfig, num_devices: int) -> str:
@@ -200,6 +190,20 @@ def explain_heads(model: ModelConfig, num_devices: int) -> str:
     if physical.num_attention_heads != query_heads:
         line += f", {query_heads} query heads padded to {physical.num_attention_heads}"
     return line
+
+
+def _repeat_heads(
+    array: np.ndarray, axes: Sequence[str | None], model: ModelConfig, physical: ModelConfig
+) -> np.ndarray:
+    axis = list(axes).index("kv_heads")
+    copies = physical.num_key_value_heads // model.num_key_value_heads
+    beside = axes[axis + 1] if axis + 1 < len(axes) else None
+    if beside is None or beside not in _HEADS:
+        return np.repeat(array, copies, axis)
+    num_queries = array.shape[axis + 1] - _HEADS[beside]
+    queries, rest = np.split(array, [num_queries], axis=axis + 1)
+    queries = _deal_queries(queries, axis, model, physical)
+    return np.concatenate([queries, np.repeat(rest, copies, axis)], axis + 1)
 
 
 def _deal_queries(
@@ -217,6 +221,8 @@ def _deal_queries(
 
 
 def _pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    if array.shape[axis] == size:
+        return array
     missing = [(0, size - length if i == axis else 0) for i, length in enumerate(array.shape)]
     return np.pad(array, missing)
 

@@ -19,7 +19,8 @@ from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.logprobs import LogprobColumns, token_logprobs
 from jaxinfer.sampling import SlotTables, log_distribution, sample
 from jaxinfer.sharding import named_sharding
-from jaxinfer.speculation.drafting import Guesses, TargetAndDraft, propose
+from jaxinfer.speculation.drafting import TargetAndDraft, propose
+from jaxinfer.speculation.drafts import Drafts
 from jaxinfer.speculation.rejection import verified
 from jaxinfer.speculation.speculative import num_accepted
 from jaxinfer.step_state import MAX_BIASES, NO_TOKEN, StepResult, StepState
@@ -49,7 +50,7 @@ def ragged_batch(
 ) -> RaggedBatch:
     """Describes a batch to attention; decode positions are the slots' lengths.
 
-    ``num_drafts`` [D] of at most ``max_drafts`` guesses come after each decode's own token.
+    ``num_drafts`` [D] of at most ``max_drafts`` drafts come after each decode's own token.
     """
     slots = config.max_num_seqs
     is_decode = batch.decode_slots < slots
@@ -81,7 +82,7 @@ def forward(
 ) -> tuple[jax.Array, RaggedBatch, StepState]:
     """Hidden states [T, E] of all rows, and the state with their keys and values in it.
 
-    Tokens of decodes, ``num_drafts`` guesses included, are in the state's table already, those of
+    Tokens of decodes, ``num_drafts`` drafts included, are in the state's table already, those of
     chunks are put there. Lengths are those of chunks; decodes' stay.
     """
     if num_drafts is None:
@@ -180,9 +181,9 @@ def one_step(
 ) -> tuple[StepState, StepResult]:
     """One step over the batch; decodes that have ended or may yield no more are padding."""
     batch = without_ended(config, state, batch)
-    guesses, state = propose(models, config, shape, state, batch)
-    scores, state = verify(models.target, config, shape, state, batch, guesses)
-    return accept(config, shape, state, batch, guesses, scores)
+    drafts, state = propose(models, config, shape, state, batch)
+    scores, state = verify(models.target, config, shape, state, batch, drafts)
+    return accept(config, shape, state, batch, drafts, scores)
 
 
 def without_ended(config: EngineConfig, state: StepState, batch: Batch) -> Batch:
@@ -199,11 +200,11 @@ def verify(
     shape: BatchShape,
     state: StepState,
     batch: Batch,
-    guesses: Guesses,
+    drafts: Drafts,
 ) -> tuple[Scores, StepState]:
     """Runs the target over all rows, those of drafts included."""
     hidden, ragged, state = forward(
-        model, state, batch, config, guesses.num_drafts, shape.num_drafts
+        model, state, batch, config, drafts.num_drafts, shape.num_drafts
     )
     last = jnp.maximum(batch.chunk_lens - 1, 0)
     tile_rows = shape.num_decode_rows + jnp.arange(shape.num_tiles) * config.chunk_tile + last
@@ -225,7 +226,7 @@ def accept(
     shape: BatchShape,
     state: StepState,
     batch: Batch,
-    guesses: Guesses,
+    drafts: Drafts,
     scores: Scores,
 ) -> tuple[StepState, StepResult]:
     """Samples from ``scores`` and keeps what the rule of acceptance lets stand."""
@@ -234,11 +235,11 @@ def accept(
     columns = batch.slots.of(slots)
     tables = SlotTables(state.tokens, state.bias_ids, state.bias_values)
     sampled = sample(logits, positions, slots, columns.sampling(), tables)
-    if guesses.logprobs is not None:
+    if drafts.logprobs is not None:
         rows = slice(shape.num_decode_rows)
         of_rows = jax.tree.map(lambda column: column[rows], columns.sampling())
         logprobs = log_distribution(logits[rows], positions[rows], slots[rows], of_rows, tables)
-        chosen = _verified(guesses, logprobs, sampled[rows], positions[rows], batch)
+        chosen = _verified(drafts, logprobs, sampled[rows], positions[rows], batch)
         sampled = sampled.at[rows].set(chosen)
 
     ends = jnp.any(sampled[:, None] == columns.ending_ids, axis=1)
@@ -249,8 +250,8 @@ def accept(
         by_decode = shape.num_decodes, max_drafts + 1
         rows = slice(shape.num_decode_rows)
         counts = num_accepted(
-            guesses.drafts,
-            guesses.num_drafts,
+            drafts.token_ids,
+            drafts.num_drafts,
             sampled[rows].reshape(by_decode),
             ends[rows].reshape(by_decode),
         )
@@ -274,7 +275,7 @@ def accept(
     )
     return state, StepResult(
         tokens=jnp.where(is_real, sampled, NO_TOKEN)[None],
-        num_drafted=guesses.num_drafts[None],
+        num_drafted=drafts.num_drafts[None],
         draft_lens=jnp.zeros(0, jnp.int32),
         logprobs=token_logprobs(logits, sampled, is_real & (columns.num_logprobs >= 0)),
         prompt_logprobs=scores.prompt_logprobs,
@@ -282,16 +283,13 @@ def accept(
 
 
 def _verified(
-    guesses: Guesses, logprobs: jax.Array, sampled: jax.Array, positions: jax.Array, batch: Batch
+    drafts: Drafts, logprobs: jax.Array, sampled: jax.Array, positions: jax.Array, batch: Batch
 ) -> jax.Array:
     """Returns what stands in the decodes' rows after rejection, [D * (K + 1)] int32."""
-    by_decode = guesses.drafts.shape[0], guesses.drafts.shape[1] + 1
+    by_decode = drafts.token_ids.shape[0], drafts.token_ids.shape[1] + 1
     columns = batch.slots.of(batch.decode_slots)
-    assert guesses.logprobs is not None
     chosen = verified(
-        guesses.drafts,
-        guesses.num_drafts,
-        guesses.logprobs,
+        drafts,
         logprobs.reshape(*by_decode, -1),
         sampled.reshape(by_decode),
         positions.reshape(by_decode),

@@ -48,7 +48,7 @@ class StepResult:
     """The yield of a call of at most C steps, R logits rows, D decodes, N tiles of B rows.
 
     ``tokens`` [C, R] int32, ``NO_TOKEN`` where a row yields none. ``num_drafted`` [C, D] int32:
-    guesses of each decode that were verified. ``draft_lens`` [D + N] int32: what ``StepState`` has
+    drafts of each decode that were verified. ``draft_lens`` [D + N] int32: what ``StepState`` has
     of it for decodes and tiles, [0] without a draft model. ``logprobs`` [R] are those of the last
     step's tokens, ``prompt_logprobs`` [N, B] those of the token after each chunk row; both zeros
     where nobody wants them.

@@ -17,14 +17,13 @@ import jax
 import numpy as np
 
 from checkpoints.calibration import CALIBRATED, METHODS, WINDOW, Calibration
-from checkpoints.converted.checkpoint import OrbaxCheckpoint
-from checkpoints.converted.convert import convert, provenance
-from checkpoints.converted.quantization import PLAIN, Quantization
+from checkpoints.checkpoint import PLAIN, Checkpoint, Quantization
+from checkpoints.converted.convert import Rounding, convert, provenance
 from checkpoints.fetch.catalog import resolve
-from checkpoints.held import QUANTIZATIONS, kept_formats
-from checkpoints.load import TensorCheckpoint, open_checkpoint
-from jaxinfer.config import KEPT
-from jaxinfer_entrypoints.command_line.text_file import read_text
+from checkpoints.load import open_checkpoint
+from checkpoints.stored import QUANTIZATIONS, require_stored_formats
+from jaxinfer.config import STORED
+from jaxinfer_entrypoints.inputs.text_file import read_text
 from jaxinfer_entrypoints.loading.phases import Phases
 from serving.text.tokenizer import Tokenizer
 
@@ -49,7 +48,7 @@ def convert_model() -> None:
         path = resolve(options.model, progress)
     with phases.phase("open"):
         checkpoint = open_checkpoint(path)
-    if isinstance(checkpoint, OrbaxCheckpoint):
+    if checkpoint.tensors is None:
         raise ValueError(f"{path} has been converted already")
     dtype, quantization = np.dtype(options.dtype), _quantization(options, checkpoint)
     calibration = None
@@ -65,7 +64,8 @@ def convert_model() -> None:
                 "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             }
     with phases.phase("convert", unit="tensors") as progress:
-        convert(checkpoint, folder, dtype, origin, progress, quantization, calibration)
+        rounding = Rounding(quantization, calibration)
+        convert(checkpoint, folder, dtype, origin, progress, rounding)
     phases.print_table()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     kind = quantization.name or dtype.name
@@ -89,9 +89,9 @@ def _calibration_text(options: argparse.Namespace) -> str | None:
     return read_text(options.calibration_text)
 
 
-def _quantization(options: argparse.Namespace, checkpoint: TensorCheckpoint) -> Quantization:
-    if options.quantize == KEPT:
-        return Quantization(KEPT, kept_formats(options.model, checkpoint))
+def _quantization(options: argparse.Namespace, checkpoint: Checkpoint) -> Quantization:
+    if options.quantize == STORED:
+        return Quantization(STORED, require_stored_formats(options.model, checkpoint))
     return PLAIN if options.quantize == "none" else Quantization(options.quantize)
 
 

@@ -13,12 +13,12 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints.held import QUANTIZATIONS
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.request import Request
 from jaxinfer_entrypoints.benchmarks.measuring import describe
 from jaxinfer_entrypoints.benchmarks.weight_formats import KV_FORMATS, compare_formats, format_table
 from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
-from jaxinfer_entrypoints.command_line.text_file import read_text
+from jaxinfer_entrypoints.inputs.text_file import read_text
 from jaxinfer_entrypoints.loading.assembly import (
     LoadedModel,
     largest_shape,

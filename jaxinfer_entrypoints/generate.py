@@ -19,19 +19,21 @@ from tqdm import tqdm
 from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
 from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
-from jaxinfer.schedule import RequestOutput, TokenLogprobs
+from jaxinfer.schedule import TokenLogprobs
 from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
-from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine, parse_lines
 from jaxinfer_entrypoints.command_line.sampling import (
     add_sampling_options,
     checked_text_options,
     describe_sampling,
     sampling_params,
 )
-from jaxinfer_entrypoints.loading.assembly import load_model
+from jaxinfer_entrypoints.generation import Generation, Generations
+from jaxinfer_entrypoints.inputs.prompt_lines import PromptLine, parse_lines
+from jaxinfer_entrypoints.llm import LLM
 from jaxinfer_entrypoints.loading.phases import Phases
 from serving.request_checks import DEFAULT_MAX_TOKENS
-from serving.text.output_text import OutputText, output_texts
+from serving.request_stream import TextOutput
+from serving.text.output_text import output_texts
 from serving.text.tokenizer import Tokenizer
 
 
@@ -39,7 +41,6 @@ from serving.text.tokenizer import Tokenizer
 class Choice:
     """One continuation of a prompt; times are seconds since all prompts were added."""
 
-    output_text: OutputText
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -50,9 +51,8 @@ class Choice:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
 
-    def add(self, output: RequestOutput, seconds: float) -> str:
-        """Takes an output of the engine; returns the text that is new."""
-        told = self.output_text.add(output)
+    def add(self, told: TextOutput, seconds: float) -> None:
+        """Takes what is new."""
         if told.output.token_ids and not self.token_ids:
             self.first_token_seconds = seconds
         self.token_ids += told.output.token_ids
@@ -63,20 +63,20 @@ class Choice:
         self.num_accepted_tokens = told.output.num_accepted_tokens
         self.finish_reason = told.output.finish_reason
         self.stop_string = told.stop_string
-        return told.text
 
 
 @dataclass
-class Generation:
-    """One prompt's way through the engine."""
+class Answer:
+    """The choices of one prompt as far as they have come."""
 
-    request: Request
+    generation: Generation
     choices: list[Choice]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
-    @property
-    def is_finished(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self.choices)
+    def add(self, told: TextOutput, seconds: float) -> None:
+        """Takes what is new of one choice."""
+        self.prompt_logprobs += told.output.prompt_logprobs
+        self.choices[told.output.choice].add(told, seconds)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def generate() -> None:
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    generations: list[Generation] = []
+    answers: list[Answer] = []
 
     def pick_shapes(
         engine: Engine, tokenizer: Tokenizer, default: SamplingParams
@@ -112,12 +112,13 @@ def generate() -> None:
                 request = make_request(number, prompt, seeded, engine, tokenizer, options)
             except ValueError as error:
                 raise ValueError(f"{line.place}: {error}") from error
-            generations.append(Generation(request, [Choice(new_text()) for _ in range(request.n)]))
-        return shapes_for(engine, [generation.request for generation in generations])
+            generation = Generation.of(request, new_text)
+            answers.append(Answer(generation, [Choice() for _ in range(request.n)]))
+        return shapes_for(engine, [answer.generation.request for answer in answers])
 
-    loaded = load_model(wanted, phases, pick_shapes)
+    llm = LLM.load(wanted, phases, pick_shapes)
     phases.print_table()
-    run(loaded.engine, generations, options)
+    run(llm.generations, answers, options)
 
 
 def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchShape] | None:
@@ -163,49 +164,36 @@ def make_request(
     return request
 
 
-def run(engine: Engine, generations: list[Generation], options: argparse.Namespace) -> None:
+def run(generations: Generations, answers: list[Answer], options: argparse.Namespace) -> None:
     """Steps until all are finished; prints each as soon as all before it are printed.
 
     A single answer that is not JSON is printed as it comes.
     """
-    is_streaming = len(generations) == options.n == 1 and not options.json
-    for generation in generations:
-        engine.add(generation.request)
+    is_streaming = len(answers) == options.n == 1 and not options.json
+    for answer in answers:
+        generations.add(answer.generation)
     added, printed = time.perf_counter(), 0
     disable = True if options.quiet or is_streaming else None
-    with tqdm(total=len(generations), desc="generate", file=sys.stderr, disable=disable) as bar:
-        while engine.has_unfinished:
+    with tqdm(total=len(answers), desc="generate", file=sys.stderr, disable=disable) as bar:
+        while generations.has_unfinished:
             # Nothing yet is not the end: the engine may have work in flight.
-            for output in engine.step():
-                generation = generations[int(output.request_id)]
-                text = note(engine, generation, output, time.perf_counter() - added)
+            for generation, told in generations.step():
+                answers[int(generation.request.request_id)].add(told, time.perf_counter() - added)
                 if is_streaming:
-                    print(text, end="", flush=True)
-            while printed < len(generations) and generations[printed].is_finished:
+                    print(told.text, end="", flush=True)
+            while printed < len(answers) and answers[printed].generation.is_finished:
                 if not is_streaming:
-                    print_result(generations[printed], options)
+                    print_result(answers[printed], options)
                 printed += 1
                 bar.update()
-    assert printed == len(generations), "the engine lost a request"
+    assert printed == len(answers), "the engine lost a request"
     if is_streaming:
         print()
 
 
-def note(engine: Engine, generation: Generation, output: RequestOutput, seconds: float) -> str:
-    """Adds an output to what is known of a generation, ends it at a stop string; the new text."""
-    choice = generation.choices[output.choice]
-    generation.prompt_logprobs += output.prompt_logprobs
-    if choice.finish_reason is not None:
-        return ""  # late: a stop string has ended it
-    text = choice.add(output, seconds)
-    if choice.finish_reason is not None and output.finish_reason is None:
-        engine.abort(output.request_id, output.choice)
-    return text
-
-
-def print_result(generation: Generation, options: argparse.Namespace) -> None:
+def print_result(answer: Answer, options: argparse.Namespace) -> None:
     """One line of JSON, or the texts."""
-    request, choices = generation.request, generation.choices
+    request, choices = answer.generation.request, answer.choices
     if not options.json:
         for choice in choices:
             print("".join(choice.texts), flush=True)
@@ -227,9 +215,7 @@ def print_result(generation: Generation, options: argparse.Namespace) -> None:
         },
     }
     if options.prompt_logprobs is not None:
-        result["prompt_logprobs"] = [
-            entry and asdict(entry) for entry in generation.prompt_logprobs
-        ]
+        result["prompt_logprobs"] = [entry and asdict(entry) for entry in answer.prompt_logprobs]
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 

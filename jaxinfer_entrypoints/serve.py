@@ -22,7 +22,7 @@ from jaxinfer_entrypoints.loading.assembly import (
 )
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.memory.usage import memory_table
-from serving.rpc.server import LoadInterruptedError, run_server
+from serving.rpc.server import LoadInterruptedError, ServerOptions, run_server
 from serving.served_model import ServedModel
 
 
@@ -77,9 +77,7 @@ def serve() -> None:
     try:
         run_server(
             load,
-            host=options.host,
-            port=options.port,
-            grace_seconds=options.grace_seconds,
+            ServerOptions(options.host, options.port, options.grace_seconds),
             on_ready=on_ready,
         )
     except LoadInterruptedError:

@@ -25,7 +25,7 @@ FILE = re.compile(rf"[\w.*<>/-]+\.(?:{SUFFIXES})|\.?[\w<>-]+(?:/[\w.*<>-]+)+/?")
 DOTTED = re.compile(r"[a-z_]+(?:\.\w+)+")
 NAME = re.compile(r"[A-Z][A-Za-z]+[A-Z]\w*|[A-Z]{2,}(?:_[A-Z]+)+|[a-z]+(?:_[a-z]+)+")
 # Names of others, and those that nothing may have.
-THEIRS = frozenset({"org/name", "utils.py"})
+THEIRS = frozenset({"org/name", "utils.py", "config.json", "argparse.py", "allow_input_fusion"})
 
 
 @cache
@@ -193,8 +193,9 @@ def test_faults_are_found() -> None:
     page = Page(
         "docs/x.md",
         "`jaxinfer/step.py` `jaxinfer/steps.py` `models/<family>.py` `sampler.py` `jaxinfer.step` "
-        "`jaxinfer/tiny.py` `step.one_step` `step.two_steps` `EngineSpec` `EngineSpecs` [a](../README.md#start) "
-        "[b](../README.md#end) [c](nothing.md) `tests/data/` `pallas_kernels/<op>/<backend>.py`",
+        "`jaxinfer/tiny.py` `step.one_step` `step.two_steps` `EngineSpec` `EngineSpecs` "
+        "[a](../README.md#start) [b](../README.md#end) [c](nothing.md) "
+        "`tests/data/` `pallas_kernels/<op>/<backend>.py`",
     )
     assert missing_paths(page) == {"jaxinfer/steps.py", "jaxinfer/tiny.py", "sampler.py"}
     assert missing_modules(page) == {"step.two_steps"}

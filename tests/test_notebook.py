@@ -45,6 +45,7 @@ def test_it_is_committed_without_outputs() -> None:
             assert (cell.outputs, cell.execution_count) == ([], None), cell.id
 
 
+@pytest.mark.thorough("the notebook")
 @pytest.mark.model
 def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What Jupyter and the notebook write stays here, and Jupyter reads nobody's settings.

@@ -28,6 +28,8 @@ PROGRAMS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())[
 # What a fresh clone does not have.
 UNTRACKED = (".*", "__pycache__", "build", "dist", "*.egg-info")
 
+pytestmark = pytest.mark.thorough("the wheel")
+
 
 def find_uv() -> str | None:
     """As the Makefile does: uv from the PATH if it runs, else our own; None is neither."""

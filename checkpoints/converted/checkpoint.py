@@ -9,23 +9,19 @@ it, whatever mesh that is in.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from checkpoints.checkpoint import PLAIN, Quantization, Wanted
 from checkpoints.converted.dataclass_json import from_json, to_json
-from checkpoints.converted.quantization import (
-    PLAIN,
-    Quantization,
-    quantization_from_json,
-    quantization_to_json,
-)
+from checkpoints.converted.quantization import quantization_from_json, quantization_to_json
 from checkpoints.json_file import read_json
 from checkpoints.maker import physical_integers
 from checkpoints.parameters import ParameterPath
@@ -36,7 +32,7 @@ from jaxinfer.config import (
     TokenizerJson,
     TokenizerSpec,
 )
-from jaxinfer.models import parameter_shapes, quantized_weights
+from jaxinfer.models import declared_parameters, quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, place
 from jaxinfer.weights import QuantizedWeight
@@ -59,7 +55,7 @@ _TOKENIZERS: Mapping[str, type[TokenizerSpec | SentencePieceSpec | TokenizerJson
 
 
 class OrbaxCheckpoint:
-    """A converted folder opened for loading: ``model``, ``tokenizer``, ``restore``.
+    """A converted folder opened for loading: ``model``, ``tokenizer``, ``load``.
 
     Raises ``ValueError`` when files are missing or damaged, or do not fit each other.
     """
@@ -86,7 +82,7 @@ class OrbaxCheckpoint:
             self.quantization = PLAIN
             if "quantization" in fields:
                 self.quantization = quantization_from_json(fields["quantization"])
-            self._shapes = parameter_shapes(self.model)
+            self._declared = declared_parameters(self.model)
         self.provenance: dict[str, Any] = fields.get("provenance", {})
         self._check_parameters()
 
@@ -105,38 +101,43 @@ class OrbaxCheckpoint:
             raise ValueError(f"{path}: {error}") from error
         return spec
 
-    def restore(
-        self,
-        wanted: Mapping[ParameterPath, Any],
-        num_devices: int,
-        progress: Callable[[int, int], None] | None = None,
-        quantized: Mapping[ParameterPath, QuantizedWeight] = MappingProxyType({}),
-    ) -> dict[ParameterPath, Any]:
-        """The parameters on their devices, a layer at a time.
+    @property
+    def tensors(self) -> None:
+        """None: parameters have been made of them."""
+        return
 
-        ``quantized`` matrices are wanted as several arrays by name: those of the folder, or, where
-        it has floats, what they are rounded to. These, and what ``num_devices`` hold in another
-        shape than the logical one (heads repeated, ends padded), go through the host, all else
-        does not. Raises ``ValueError`` naming a parameter that is damaged or not finite.
+    @property
+    def rounding(self) -> Mapping[str, float]:
+        """Nothing is rounded."""
+        return {}
+
+    def load(self, wanted: Wanted) -> dict[ParameterPath, Any]:
+        """Returns the parameters on their devices, read a layer at a time.
+
+        Quantized matrices are the arrays of the folder, or, where it has floats, what they are
+        rounded to. These, and what devices hold in another shape than the logical one (heads
+        repeated, ends padded), go through the host, all else does not. Raises ``ValueError``
+        naming a parameter that is damaged or not finite.
         """
-        physical = physical_model(self.model, num_devices)
+        physical, progress = physical_model(self.model, wanted.num_devices), wanted.progress
         groups: dict[tuple[str | int, ...], list[ParameterPath]] = {}
-        for path in wanted:
+        for path in wanted.arrays:
             groups.setdefault(path[:2] if path[0] == "layers" else path[:1], []).append(path)
         loaded: dict[ParameterPath, Any] = {}
         with _checkpointer() as checkpointer:
             for paths in groups.values():
-                read = self._read(checkpointer, {path: wanted[path] for path in paths})
-                for path in paths:
-                    made = self._physical(path, read[path], physical, quantized.get(path))
-                    loaded[path] = jax.tree.map(place, made, wanted[path])
+                arrays = {path: wanted.arrays[path] for path in paths}
+                read = self._read(checkpointer, arrays)
+                for path, array in arrays.items():
+                    made = self._physical(path, read[path], physical, wanted.quantized.get(path))
+                    loaded[path] = jax.tree.map(place, made, array)
                     if not all(map(_is_finite, jax.tree.leaves(loaded[path]))):
                         raise ValueError(
                             f"{self.folder}: parameter {path} has values that are not finite: a "
                             "damaged checkpoint?"
                         )
                     if progress:
-                        progress(len(loaded), len(wanted))
+                        progress(len(loaded), len(wanted.arrays))
         return loaded
 
     def _physical(
@@ -149,10 +150,11 @@ class OrbaxCheckpoint:
         """Returns what was read of a parameter as it is wanted: itself, if on a device."""
         if isinstance(jax.tree.leaves(read)[0], jax.Array):
             return read
+        axes = self._declared[path].axes
         if weight is not None and path in self._quantized:
             parts = self._quantized[path].integers(read)
-            return weight.keep(physical_integers(path, parts, weight, self.model, physical))
-        array = physical_parameter(str(path[-1]), read, self.model, physical)
+            return weight.from_stored(physical_integers(axes, parts, weight, self.model, physical))
+        array = physical_parameter(axes, read, self.model, physical)
         return array if weight is None else weight.quantize(array)
 
     def _read(
@@ -162,13 +164,13 @@ class OrbaxCheckpoint:
 
         def how(path: ParameterPath) -> Any:
             """Straight to devices where nothing is to be done with it, else to the host."""
-            stored = self._stored(path)
-            if jax.tree.structure(stored) != jax.tree.structure(wanted[path]):
+            written = self._written(path)
+            if jax.tree.structure(written) != jax.tree.structure(wanted[path]):
                 return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(np.float32))
             same = all(
                 one.shape == other.shape
                 for one, other in zip(
-                    jax.tree.leaves(stored), jax.tree.leaves(wanted[path]), strict=True
+                    jax.tree.leaves(written), jax.tree.leaves(wanted[path]), strict=True
                 )
             )
             return jax.tree.map(
@@ -180,7 +182,7 @@ class OrbaxCheckpoint:
                 wanted[path],
             )
 
-        zeros = {path: jax.tree.map(lambda _: 0, self._stored(path)) for path in wanted}
+        zeros = {path: jax.tree.map(lambda _: 0, self._written(path)) for path in wanted}
         arguments = ocp.args.PyTreeRestore(
             item=_nested(zeros),
             restore_args=_nested({path: how(path) for path in wanted}),
@@ -195,13 +197,13 @@ class OrbaxCheckpoint:
             ) from error
         return {path: _at(tree, path) for path in wanted}
 
-    def _stored(self, path: ParameterPath) -> Any:
+    def _written(self, path: ParameterPath) -> Any:
         """Shapes of what the folder has of a parameter: one array, or several by name.
 
         Dtypes too where they are integers.
         """
         if path not in self._quantized:
-            return jax.ShapeDtypeStruct(self._shapes[path], np.float32)
+            return jax.ShapeDtypeStruct(self._declared[path].shape, np.float32)
         weight = self._quantized[path]
         return dict(jax.eval_shape(weight.quantize, jax.ShapeDtypeStruct(weight.shape, np.float32)))
 
@@ -228,8 +230,8 @@ class OrbaxCheckpoint:
         with _named(self.folder / DESCRIPTION):
             self._quantized = quantized_weights(self.model, self.quantization.policy)
         expected: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
-        for path in self._shapes:
-            for name, array in _leaves(self._stored(path), path):
+        for path in self._declared:
+            for name, array in _leaves(self._written(path), path):
                 expected[tuple(map(str, name))] = array
         for name in expected.keys() ^ found.keys():
             which = "is missing" if name in expected else "is not of this model"
@@ -248,14 +250,21 @@ class OrbaxCheckpoint:
                 )
 
 
+@dataclass(frozen=True)
+class Described:
+    """A converted checkpoint without its parameters. ``provenance``: see ``convert.provenance``."""
+
+    model: ModelConfig
+    tokenizer: AnyTokenizer
+    default_sampling: SamplingParams
+    provenance: Mapping[str, Any]
+    quantization: Quantization = PLAIN
+
+
 def write_checkpoint(
     folder: Path,
-    model: ModelConfig,
-    tokenizer: AnyTokenizer,
-    default_sampling: SamplingParams,
+    described: Described,
     parameters: Mapping[ParameterPath, np.ndarray | Mapping[str, np.ndarray]],
-    provenance: Mapping[str, Any],
-    quantization: Quantization = PLAIN,
 ) -> None:
     """Writes ``folder``, which must not exist: whole, or not at all.
 
@@ -275,11 +284,12 @@ def write_checkpoint(
     try:
         description = {
             "format": FORMAT,
-            "model": to_json(model),
-            "default_sampling": to_json(default_sampling),
-            "quantization": quantization_to_json(quantization),
-            "provenance": dict(provenance),
+            "model": to_json(described.model),
+            "default_sampling": to_json(described.default_sampling),
+            "quantization": quantization_to_json(described.quantization),
+            "provenance": dict(described.provenance),
         }
+        tokenizer = described.tokenizer
         (kind,) = (kind for kind, of in _TOKENIZERS.items() if type(tokenizer) is of)
         _write_json(unfinished / DESCRIPTION, description, indent=1)
         _write_json(unfinished / VOCABULARY, {"kind": kind, **to_json(tokenizer)})

@@ -2,7 +2,8 @@
 
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,42 +11,51 @@ from typing import Any
 import numpy as np
 
 from checkpoints.calibration import Calibration, calibrate
-from checkpoints.converted.checkpoint import write_checkpoint
-from checkpoints.converted.quantization import PLAIN, Quantization
-from checkpoints.load import TensorCheckpoint, make_all
-from checkpoints.maker import Maker
+from checkpoints.checkpoint import PLAIN, Checkpoint, Progress, Quantization
+from checkpoints.converted.checkpoint import Described, write_checkpoint
+from checkpoints.maker import Maker, make_all
 from checkpoints.parameters import ParameterPath
 from checkpoints.shard_name import with_later_shards
-from jaxinfer.config import KEPT
+from jaxinfer.config import STORED
 from jaxinfer.models import parameter_shapes, quantized_weights
 
 # What is looked at of a folder.
 _SOURCES = ("*.json", "*.jinja", "*.safetensors")
 _LIBRARIES = ("jaxinfer", "jax", "orbax-checkpoint")
 
-Progress = Callable[[int, int], None]
+
+@dataclass(frozen=True)
+class Rounding:
+    """Formats of matrices, and the text that is in view while they are rounded, if any."""
+
+    quantization: Quantization = PLAIN
+    calibration: Calibration | None = None
 
 
 def convert(
-    checkpoint: TensorCheckpoint,
+    checkpoint: Checkpoint,
     folder: Path,
     dtype: np.dtype,
     provenance: dict[str, Any],
     progress: Progress | None = None,
-    quantization: Quantization = PLAIN,
-    calibration: Calibration | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Writes ``checkpoint`` as a converted folder with parameters in ``dtype``.
 
-    Matrices are in the formats of ``quantization``, rounded with ``calibration`` in view where it
-    is given. The host holds all parameters meanwhile. ``progress(done, total)`` counts them, in a
-    calibration layers afterwards. Raises ``ValueError`` for values that are not finite, in
-    ``dtype`` too, for what cannot be calibrated, and where ``folder`` exists.
+    Matrices are in the formats of ``rounding``. The host holds all parameters meanwhile.
+    ``progress(done, total)`` counts them, in a calibration layers afterwards. Raises ``ValueError``
+    for values that are not finite, in ``dtype`` too, for what cannot be calibrated, for a
+    checkpoint that is a converted one, and where ``folder`` exists.
     """
+    rounding = rounding or Rounding()
+    quantization, calibration = rounding.quantization, rounding.calibration
+    tensors = checkpoint.tensors
+    if tensors is None:
+        raise ValueError("parameters that have been converted are not converted again")
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     quantized = quantized_weights(model, quantization.policy)
-    keeps = quantization.name == KEPT
-    maker = Maker(checkpoint, {} if calibration else quantized, keeps)
+    stored = quantization.name == STORED
+    maker = Maker(tensors, {} if calibration else quantized, stored)
 
     def make(path: ParameterPath) -> Any:
         return maker.make(path, np.dtype(np.float32) if calibration else dtype)
@@ -57,7 +67,8 @@ def convert(
         if not isinstance(made, Mapping):
             parameters[path] = _in_dtype(path, made, dtype)
     sampling = checkpoint.default_sampling
-    write_checkpoint(folder, model, tokenizer, sampling, parameters, provenance, quantization)
+    described = Described(model, tokenizer, sampling, provenance, quantization)
+    write_checkpoint(folder, described, parameters)
 
 
 def _in_dtype(path: ParameterPath, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

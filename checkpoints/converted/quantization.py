@@ -1,35 +1,18 @@
-"""Formats of the matrices of a converted folder, as its description says it."""
+"""The formats of a converted folder's matrices, as its description says them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from checkpoints.checkpoint import Quantization
 from checkpoints.converted.dataclass_json import from_json, to_json
-from jaxinfer.config import KEPT, DtypePolicy, MatrixFormats
+from jaxinfer.config import STORED
 from jaxinfer.weights import Float8Format, Format, GroupedFormat, Int8Format, parse_format
 
 MAX_PATH = 8
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """``name`` and ``formats`` are what ``DtypePolicy`` has; a ``name`` of None is of floats."""
-
-    name: str | None = None
-    formats: MatrixFormats = ()
-
-    @property
-    def policy(self) -> DtypePolicy:
-        """Float32 but for the matrices."""
-        plain = ("float32", "float32", "float32")
-        return DtypePolicy(*plain, quantization=self.name, matrix_formats=self.formats)
-
-
-PLAIN = Quantization()
-
-
 def quantization_to_json(quantization: Quantization) -> dict[str, Any]:
-    """An object with ``name`` and ``formats``."""
+    """Returns an object with ``name`` and ``formats``."""
     formats = [
         {"path": list(path), "format": {"kind": type(form).__name__, **to_json(form)}}
         for path, form in quantization.formats
@@ -44,9 +27,11 @@ def quantization_from_json(value: object) -> Quantization:
     name, formats = value.get("name"), value.get("formats")
     if name is not None and not isinstance(name, str):
         raise ValueError(f"quantization.name must be text, got {name!r:.40}")
-    if not isinstance(formats, list) or bool(formats) != (name == KEPT):
-        raise ValueError(f"quantization.formats must be a list, of one or more for {KEPT!r} alone")
-    if name not in (None, KEPT):
+    if not isinstance(formats, list) or bool(formats) != (name == STORED):
+        raise ValueError(
+            f"quantization.formats must be a list, of one or more for {STORED!r} alone"
+        )
+    if name not in (None, STORED):
         parse_format(name)
     return Quantization(name, tuple(_read_entry(entry) for entry in formats))
 

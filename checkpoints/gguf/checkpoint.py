@@ -9,19 +9,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from checkpoints.checkpoint import PLAIN, Wanted
 from checkpoints.gguf.blocks import dequantize_columns, dequantize_rows
 from checkpoints.gguf.config import ROPE_TENSORS, read_model
-from checkpoints.gguf.integers import HELD, split_blocks
+from checkpoints.gguf.integers import STORED_TYPES, split_blocks
 from checkpoints.gguf.metadata import metadata_value
 from checkpoints.gguf.split import GGUFFiles
 from checkpoints.gguf.tokenizer import read_tokenizer
-from checkpoints.parameters import tensor_shapes
+from checkpoints.maker import make_parameters
+from checkpoints.parameters import ParameterPath, tensor_shapes
 from checkpoints.tensor_names import GGUF_LAYER, GGUF_MODEL, tensor_places
 from jaxinfer.config import SentencePieceSpec, TokenizerSpec
-from jaxinfer.models import family, parameter_shapes
+from jaxinfer.models import declared_parameters, family
 from jaxinfer.request import SamplingParams
 from jaxinfer.weights import Format, Integers
 
@@ -34,16 +37,15 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        # What of itself a scale was off at most, by types of tensors whose integers were read.
+        self.path, self.quantization = path, PLAIN
+        # How much of itself a scale was off at most, by types of tensors whose integers were read.
         self.rounding: dict[str, float] = {}
         self._file = GGUFFiles(path)
         self._metadata = self._file.metadata
         with _named(path):
             self.model = read_model(self._file)
             self._family = family(self.model.architecture)
-            is_tied = self.model.tie_word_embeddings
-            self._shapes = tensor_shapes(parameter_shapes(self.model), is_tied)
+            self._shapes = tensor_shapes(declared_parameters(self.model))
             names = GGUF_MODEL, GGUF_LAYER, self._family.gguf
             self._places = tensor_places(self._shapes, *names, "blk.{layer}.")
             self._check_tensors()
@@ -83,13 +85,22 @@ class GGUFCheckpoint:
             data = _unpermute_rows(data, self.model.head_dim)
         return dequantize_columns(data, tensor_type).T
 
-    def held_format(self, name: str) -> Format | None:
-        """Returns what a tensor's integers can be kept in, None for floats. Canonical names."""
-        held = HELD.get(self._file.tensors[self._places[name].names[0]].type.name)
-        return held.form if held else None
+    @property
+    def tensors(self) -> "GGUFCheckpoint":
+        """Its own."""
+        return self
+
+    def load(self, wanted: Wanted) -> dict[ParameterPath, Any]:
+        """Returns the parameters on their devices, see ``make_parameters``."""
+        return make_parameters(self, wanted)
+
+    def stored_format(self, name: str) -> Format | None:
+        """Returns the format of a tensor's integers, None where it is of floats."""
+        stored = STORED_TYPES.get(self._file.tensors[self._places[name].names[0]].type.name)
+        return stored.form if stored else None
 
     def integers(self, name: str) -> Integers:
-        """A tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
+        """Returns a tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
         place, shape = self._places[name], self._shapes[name]
         tensor_type = self._file.tensors[place.names[0]].type
         data = self._file.tensor_bytes(place.names[0])

@@ -20,8 +20,8 @@ _Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 @dataclass(frozen=True)
-class HeldType:
-    """A format that blocks of a type are kept in; ``rounds``: scales are rounded for it."""
+class StoredType:
+    """The format of a type's integers; ``rounds``: whether scales are rounded for it."""
 
     form: GroupedFormat
     split: Callable[[np.ndarray], _Parts]
@@ -29,13 +29,13 @@ class HeldType:
 
 
 def split_blocks(data: np.ndarray, tensor_type: TensorType) -> tuple[Integers, float]:
-    """Integers [rows, columns] of uint8 ``data [rows, bytes of a row]`` in a type of ``HELD``.
+    """Returns integers [rows, columns] of uint8 ``data [rows, bytes of a row]``.
 
     And the largest part of itself that a scale or minimum was off after rounding to float16.
     """
     num_rows = data.shape[0]
     blocks = data.reshape(-1, tensor_type.block_bytes, 1)
-    values, scales, minimums = HELD[tensor_type.name].split(blocks)
+    values, scales, minimums = STORED_TYPES[tensor_type.name].split(blocks)
     rounded = [_rounded(part, num_rows) for part in (scales, minimums) if part is not None]
     arrays = [array for array, _ in rounded]
     integers = Integers(values.reshape(num_rows, -1), arrays[0], *arrays[1:])
@@ -93,13 +93,13 @@ def _nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 # By the types' names.
-HELD: Mapping[str, HeldType] = {
-    "Q8_0": HeldType(GroupedFormat(8, 32), _q8_0),
-    "Q4_0": HeldType(GroupedFormat(4, 32), _q4_0),
-    "Q4_1": HeldType(GroupedFormat(4, 32, "float16"), _q4_1),
-    "Q5_0": HeldType(GroupedFormat(8, 32), _q5_0),
-    "Q5_1": HeldType(GroupedFormat(8, 32, "float16"), _q5_1),
-    "Q4_K": HeldType(GroupedFormat(4, 32, "float16"), _q4_k, rounds=True),
-    "Q5_K": HeldType(GroupedFormat(8, 32, "float16"), _q5_k, rounds=True),
-    "Q6_K": HeldType(GroupedFormat(8, 16), _q6_k, rounds=True),
+STORED_TYPES: Mapping[str, StoredType] = {
+    "Q8_0": StoredType(GroupedFormat(8, 32), _q8_0),
+    "Q4_0": StoredType(GroupedFormat(4, 32), _q4_0),
+    "Q4_1": StoredType(GroupedFormat(4, 32, "float16"), _q4_1),
+    "Q5_0": StoredType(GroupedFormat(8, 32), _q5_0),
+    "Q5_1": StoredType(GroupedFormat(8, 32, "float16"), _q5_1),
+    "Q4_K": StoredType(GroupedFormat(4, 32, "float16"), _q4_k, rounds=True),
+    "Q5_K": StoredType(GroupedFormat(8, 32, "float16"), _q5_k, rounds=True),
+    "Q6_K": StoredType(GroupedFormat(8, 16), _q6_k, rounds=True),
 }

@@ -8,20 +8,23 @@ ignored. No code of a folder is run.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from checkpoints.checkpoint import PLAIN, Wanted
 from checkpoints.hugging_face.generation_config import read_default_sampling
 from checkpoints.hugging_face.packed_files import PackedFiles
-from checkpoints.hugging_face.packed_tensors import HeldFormat
+from checkpoints.hugging_face.packed_tensors import StoredFormat
 from checkpoints.hugging_face.quantization_config import read_packing
 from checkpoints.hugging_face.safetensors_files import SafetensorsFiles
 from checkpoints.hugging_face.tokenizer_json import read_tokenizer
 from checkpoints.json_file import read_json
-from checkpoints.parameters import tensor_shapes
+from checkpoints.maker import make_parameters
+from checkpoints.parameters import ParameterPath, tensor_shapes
 from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, Place, tensor_places
 from jaxinfer.config import TokenizerJson
-from jaxinfer.models import family, parameter_shapes, read_config
+from jaxinfer.models import declared_parameters, family, read_config
 from jaxinfer.request import SamplingParams
 from jaxinfer.weights import Integers
 
@@ -40,7 +43,7 @@ class HuggingFaceCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder
+        self.path, self.quantization = folder, PLAIN
         config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
         try:
             packing = read_packing(config)
@@ -52,8 +55,7 @@ class HuggingFaceCheckpoint:
         self._packed = PackedFiles(self._files, packing)
         self._check_counts()
         self._family = family(self.model.architecture)
-        is_tied = self.model.tie_word_embeddings
-        self._shapes = tensor_shapes(parameter_shapes(self.model), is_tied)
+        self._shapes = tensor_shapes(declared_parameters(self.model))
         self._places = self._find_places()
         self._check_tensors()
 
@@ -65,7 +67,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """Reads generation_config.json. Raises ``ValueError`` when what it asks for cannot be."""
+        """The sampling of generation_config.json. Raises ``ValueError`` when that cannot be."""
         return read_default_sampling(self.path)
 
     def tensor(self, name: str) -> np.ndarray:
@@ -82,17 +84,31 @@ class HuggingFaceCheckpoint:
             tensor += np.float32(self._family.norm_offset)
         return tensor
 
-    def held_format(self, name: str) -> HeldFormat | None:
-        """Returns what a tensor's integers can be kept in, None for floats. Canonical names."""
+    @property
+    def tensors(self) -> "HuggingFaceCheckpoint":
+        """Its own."""
+        return self
+
+    @property
+    def rounding(self) -> Mapping[str, float]:
+        """Nothing is rounded: scales stay in their dtype."""
+        return {}
+
+    def load(self, wanted: Wanted) -> dict[ParameterPath, Any]:
+        """Returns the parameters on their devices, see ``make_parameters``."""
+        return make_parameters(self, wanted)
+
+    def stored_format(self, name: str) -> StoredFormat | None:
+        """Returns the format of a tensor's integers, None where it is of floats."""
         place = self._places[name]
         if not all(self._is_packed(file_name, place) for file_name in place.names):
             return None
-        forms = {self._packed.held_format(file_name, place.shape) for file_name in place.names}
+        forms = {self._packed.stored_format(file_name, place.shape) for file_name in place.names}
         return forms.pop() if len(forms) == 1 else None
 
     def integers(self, name: str) -> Integers:
-        """A tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
-        place, form = self._places[name], self.held_format(name)
+        """Returns a tensor that has a format: ``[..., out, in]``, scales ``[..., out, groups]``."""
+        place, form = self._places[name], self.stored_format(name)
         assert form is not None
         parts = [
             self._packed.read(file_name, place.shape, place.rows).integers(form)
@@ -108,7 +124,7 @@ class HuggingFaceCheckpoint:
         )
 
     def _is_packed(self, name: str, place: Place) -> bool:
-        return len(place.shape) == 2 and self._packed.holds(name)
+        return len(place.shape) == 2 and self._packed.is_packed(name)
 
     def _read(self, name: str, place: Place) -> np.ndarray:
         """The rows that are meant of a file's tensor, as float32."""

@@ -16,9 +16,9 @@ import numpy as np
 
 from checkpoints.hugging_face.packed_tensors import (
     AWQ_ORDER,
-    HeldFormat,
     PackedMatrix,
-    kept_format,
+    StoredFormat,
+    stored_format,
     unpack_words,
 )
 from checkpoints.hugging_face.quantization_config import Packing
@@ -47,8 +47,8 @@ class PackedFiles:
         self._files, self._packing = files, packing
         self._shapes = files.shapes()
 
-    def holds(self, name: str) -> bool:
-        """Tells if ``name``, which ends in ".weight", is packed: its integers are there."""
+    def is_packed(self, name: str) -> bool:
+        """Tells whether ``name``, which ends in ".weight", is packed: its integers are there."""
         if self._packing is None or not name.endswith(_WEIGHT):
             return False
         values = name.removesuffix(_WEIGHT) + _VALUES[self._packing.layout]
@@ -56,7 +56,7 @@ class PackedFiles:
         return is_there and (values != name or self._files.dtype(name) in _INT8)
 
     def check(self, name: str, shape: tuple[int, ...]) -> set[str]:
-        """The tensors of a packed matrix [out, in].
+        """Returns the names of the tensors of a packed matrix [out, in].
 
         Raises ``ValueError`` naming one that is missing, or of another shape or type.
         """
@@ -80,22 +80,22 @@ class PackedFiles:
         return {part.name for part in parts.values()}
 
     def is_empty_bias(self, name: str) -> bool:
-        """Tells if ``name`` is a bias of zeros of a packed matrix: some tools give one to each."""
-        if not name.endswith(".bias") or not self.holds(name.removesuffix(".bias") + _WEIGHT):
+        """Tells a bias of zeros of a packed matrix by its ``name``: some tools give one to each."""
+        if not name.endswith(".bias") or not self.is_packed(name.removesuffix(".bias") + _WEIGHT):
             return False
         shape = self._shapes[name]
         if len(shape) != 1 or self._files.dtype(name) not in DTYPES:
             return False
         return not self._files.read(name, slice(0, shape[0])).any()
 
-    def held_format(self, name: str, shape: tuple[int, ...]) -> HeldFormat | None:
-        """Returns the format of a packed matrix [out, in], None if inputs of a group are apart."""
+    def stored_format(self, name: str, shape: tuple[int, ...]) -> StoredFormat | None:
+        """Returns the format of a packed matrix [out, in]; None where a group is in parts."""
         packing, parts = self._known(), self._parts(name, shape)
         if self._groups_of(parts, shape[1]) is not None:
             return None
         scales = "float16" if self._files.dtype(parts["scales"].name) == "F16" else "float32"
         has_zeros = "zeros" in parts and not packing.is_symmetric
-        return kept_format(packing.bits, self._group(shape[1]), shape[1], has_zeros, scales)
+        return stored_format(packing.bits, self._group(shape[1]), shape[1], has_zeros, scales)
 
     def read(self, name: str, shape: tuple[int, ...], rows: slice) -> PackedMatrix:
         """``rows`` of the outputs of a packed matrix [out, in].

@@ -14,7 +14,7 @@ import numpy as np
 from jaxinfer.weights import GroupedFormat, Int8Format, Integers
 from jaxinfer.weights.formats import GROUPS
 
-HeldFormat = Int8Format | GroupedFormat
+StoredFormat = Int8Format | GroupedFormat
 
 # The place of bits in a word -> which of eight outputs stands there (AutoAWQ's ``order_map``).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -69,8 +69,8 @@ class PackedMatrix:
             groups *= spread(self.scales.astype(np.float32))
         return numbers
 
-    def integers(self, form: HeldFormat) -> Integers:
-        """The same numbers as ``form`` has them, which is ``kept_format`` of this matrix."""
+    def integers(self, form: StoredFormat) -> Integers:
+        """Returns the same numbers in ``form``, which is ``stored_format`` of this matrix."""
         values, scales, minimums = self.values, self.scales, None
         # Of 4 bits with minimums the integers stay 0..15; all others are signed.
         shift = 0 if self.bits == 4 and self.zeros is not None else 1 << (self.bits - 1)
@@ -90,10 +90,10 @@ class PackedMatrix:
         return whole[:, : self.values.shape[1] // form.group]
 
 
-def kept_format(
+def stored_format(
     bits: int, group: int, num_inputs: int, has_zeros: bool, scales: str
-) -> HeldFormat | None:
-    """Returns what integers of ``bits`` in groups of neighbours can be kept in; None for nothing.
+) -> StoredFormat | None:
+    """Returns the format of integers of ``bits`` in groups of neighbours; None where none has room.
 
     ``scales``: their dtype, float16 or float32.
     """

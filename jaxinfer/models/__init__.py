@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.declaration import Declaration, declaration_of
 from jaxinfer.models.family import Family
 from jaxinfer.models.fields import Fields
 from jaxinfer.sharding import num_tensor_devices
@@ -105,18 +106,23 @@ def quantized_weights(
 
 
 @functools.lru_cache(maxsize=8)
-def parameter_shapes(model: ModelConfig) -> Mapping[tuple[str | int, ...], tuple[int, ...]]:
-    """The logical shape of every parameter of ``model``, by its path.
+def declared_parameters(model: ModelConfig) -> Mapping[MatrixPath, Declaration]:
+    """Returns how every parameter of ``model`` is declared, by its path, in logical shapes.
 
     All layers have the same: one is looked at, since a file may claim thousands.
     """
     one = dataclasses.replace(model, num_hidden_layers=1, layer_types=model.layer_types[:1])
     _, state = abstract(one, DtypePolicy("float32", "float32", "float32"))
-    shapes = {}
+    declared = {}
     for path, variable in nnx.to_flat_state(state):
-        shape = tuple(variable.get_value().shape)
+        one = declaration_of(variable)
         if path[0] == "layers":
-            shapes |= {("layers", i, *path[2:]): shape for i in range(model.num_hidden_layers)}
+            declared |= {("layers", i, *path[2:]): one for i in range(model.num_hidden_layers)}
         else:
-            shapes[path] = shape
-    return shapes
+            declared[path] = one
+    return declared
+
+
+def parameter_shapes(model: ModelConfig) -> Mapping[MatrixPath, tuple[int, ...]]:
+    """Returns the logical shape of every parameter of ``model``, by its path."""
+    return {path: declared.shape for path, declared in declared_parameters(model).items()}

@@ -4,6 +4,7 @@ Axis letters: T rows, E embed, G kv heads, R query heads of a kv head, D head di
 """
 
 import functools
+from dataclasses import dataclass, replace
 
 import jax
 from flax import nnx
@@ -11,17 +12,27 @@ from jax.sharding import Mesh
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.declaration import Declaration, Sources
 from jaxinfer.models import layers
 from jaxinfer.models.rotary import RopeTables, apply_rope
 from pallas_kernels.ragged_paged_attention import KVPages, RaggedBatch, ragged_paged_attention
 
 
+@dataclass(frozen=True)
+class AttentionKind:
+    """A layer's own: ``window`` tokens that a row sees, its own included, None for all; biases of
+    queries, keys and values; queries and keys normed by head before they are rotated.
+    """
+
+    window: int | None = None
+    has_bias: bool = False
+    has_qk_norm: bool = False
+
+
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions.
 
-    ``model`` has physical shapes. ``has_bias``: queries, keys and values have one. ``has_qk_norm``:
-    queries and keys are normed by head before they are rotated. ``window``: tokens that a row sees,
-    its own included.
+    ``model`` has physical shapes.
     """
 
     def __init__(
@@ -30,24 +41,29 @@ class Attention(nnx.Module):
         dtypes: DtypePolicy,
         rngs: nnx.Rngs,
         mesh: Mesh | None,
-        *,
-        window: int | None = None,
-        has_bias: bool = False,
-        has_qk_norm: bool = False,
+        kind: AttentionKind,
     ) -> None:
         embed, head_dim, kv_heads = model.hidden_size, model.head_dim, model.num_key_value_heads
         group = model.num_attention_heads // kv_heads
-        self.model, self.mesh, self.window = model, mesh, window
+        self.model, self.mesh, self.window = model, mesh, kind.window
         # For each kv head its query heads, its key and its value: one product, split by kv head.
-        shape, axes = (embed, kv_heads, group + 2, head_dim), ("embed", "kv_heads", None, None)
-        self.qkv = weights.declare(rngs, shape, dtypes, axes, inputs=(0,))
-        shape, axes = (kv_heads, group, head_dim, embed), ("kv_heads", None, None, "embed")
-        self.o_proj = weights.declare(rngs, shape, dtypes, axes, inputs=(0, 1, 2))
-        self.has_bias, self.has_qk_norm = has_bias, has_qk_norm
-        if has_bias:
-            shape, axes = (kv_heads, group + 2, head_dim), ("kv_heads", None, None)
-            self.qkv_bias = layers.parameter(rngs, shape, "float32", axes, fan_in=embed)
-        if has_qk_norm:
+        shape, axes = (kv_heads, group + 2, head_dim), ("kv_heads", "heads_and_kv", "head_dim")
+        sources = Sources(("q", "k", "v"), "heads_and_kv", (group, 1, 1))
+        qkv = Declaration((embed, *shape), ("embed", *axes), (0,), sources)
+        self.qkv = weights.declare(rngs, dtypes, qkv)
+        o_proj = Declaration(
+            (kv_heads, group, head_dim, embed),
+            ("kv_heads", "heads", "head_dim", "embed"),
+            (0, 1, 2),
+            Sources(("o",)),
+        )
+        self.o_proj = weights.declare(rngs, dtypes, o_proj)
+        self.has_bias, self.has_qk_norm = kind.has_bias, kind.has_qk_norm
+        if kind.has_bias:
+            sources = replace(sources, names=("q_bias", "k_bias", "v_bias"))
+            bias = Declaration(shape, axes, sources=sources)
+            self.qkv_bias = layers.parameter(rngs, bias, "float32", fan_in=embed)
+        if kind.has_qk_norm:
             self.q_norm = layers.norm_scale(head_dim, axis=None)
             self.k_norm = layers.norm_scale(head_dim, axis=None)
 

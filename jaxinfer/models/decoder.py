@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.declaration import Declaration, Sources
 from jaxinfer.models import layers
 from jaxinfer.models.attention import Attention
 from jaxinfer.models.rotary import RopeTables, rope_tables
@@ -80,15 +81,15 @@ class Decoder(nnx.Module):
         )
         self.norm = layers.norm_scale(model.hidden_size)
         embed, vocab = physical.hidden_size, physical.vocab_size
-        self.lm_head = weights.declare(
-            rngs, (embed, vocab), dtypes, ("embed", "vocab"), inputs=(0,)
-        )
+        is_tied = model.tie_word_embeddings
+        sources = Sources(("embed_tokens" if is_tied else "lm_head",))
+        head = Declaration((embed, vocab), ("embed", "vocab"), (0,), sources)
+        self.lm_head = weights.declare(rngs, dtypes, head)
         # A tied embedding is the head's columns: the head is read whole in every step and must
         # lie as its product wants it ([V, E] takes 3.5 times as long on XLA:CPU), rows are few.
-        if not model.tie_word_embeddings:
-            self.embed_tokens = weights.declare(
-                rngs, (vocab, embed), dtypes, ("vocab", "embed"), inputs=(1,)
-            )
+        if not is_tied:
+            rows = Declaration((vocab, embed), ("vocab", "embed"), (1,))
+            self.embed_tokens = weights.declare(rngs, dtypes, rows)
 
     def __call__(
         self, token_ids: jax.Array, kv_pages: tuple[KVPages, ...], batch: RaggedBatch
@@ -96,7 +97,7 @@ class Decoder(nnx.Module):
         """``token_ids`` [T] -> normed hidden states [T, E] and the pages, new tokens included.
 
         As many layers compute as there are ``kv_pages``, the first ones: all of them, or those that
-        guess for the others.
+        draft for the others.
         """
         x, ropes = self.embed(token_ids), self.ropes(batch.positions())
         written = []

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.declaration import Declaration, Sources
 from jaxinfer.models import layers
 from jaxinfer.sharding import TENSOR, num_tensor_devices, partition_spec
 from jaxinfer.weights import Matrix
@@ -34,9 +35,12 @@ class GatedMLP(nnx.Module):
     ) -> None:
         embed, ffn = model.hidden_size, model.intermediate_size
         self.activation = activation
-        axes = ("embed", None, "ffn")
-        self.gate_up = weights.declare(rngs, (embed, 2, ffn), dtypes, axes, inputs=(0,))
-        self.down_proj = weights.declare(rngs, (ffn, embed), dtypes, ("ffn", "embed"), inputs=(0,))
+        sources = Sources(("gate", "up"), "gate_and_up", (1, 1))
+        axes = ("embed", "gate_and_up", "ffn")
+        gate_up = Declaration((embed, 2, ffn), axes, (0,), sources)
+        self.gate_up = weights.declare(rngs, dtypes, gate_up)
+        down = Declaration((ffn, embed), ("ffn", "embed"), (0,), Sources(("down",)))
+        self.down_proj = weights.declare(rngs, dtypes, down)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
@@ -64,14 +68,15 @@ class MixtureOfExperts(nnx.Module):
         embed, ffn, experts = model.hidden_size, model.intermediate_size, model.num_experts
         self.model, self.mesh = model, mesh
         # Float32: which experts are next to each other may hang on the last bits.
-        self.router = layers.parameter(
-            rngs, (embed, num_routed), "float32", ("embed", None), fan_in=embed
-        )
-        axes = ("experts", None, None)
-        shape = (experts, embed, 2 * ffn)
-        self.experts_gate_up = weights.declare(rngs, shape, dtypes, axes, inputs=(1,))
-        shape = (experts, ffn, embed)
-        self.experts_down = weights.declare(rngs, shape, dtypes, axes, inputs=(1,))
+        router = Declaration((embed, num_routed), ("embed", None), (0,))
+        self.router = layers.parameter(rngs, router, "float32", fan_in=embed)
+        # Each expert is whole on one device, so that only the first axis is divided.
+        sources = Sources(("experts_gate", "experts_up"), "gate_and_up", (ffn, ffn))
+        axes = ("experts", "embed", "gate_and_up")
+        gate_up = Declaration((experts, embed, 2 * ffn), axes, (1,), sources)
+        self.experts_gate_up = weights.declare(rngs, dtypes, gate_up)
+        down = Declaration((experts, ffn, embed), ("experts", None, "embed"), (1,))
+        self.experts_down = weights.declare(rngs, dtypes, down)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""

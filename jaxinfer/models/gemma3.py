@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.config import DtypePolicy, LayerType, ModelConfig
 from jaxinfer.models import layers
-from jaxinfer.models.attention import Attention
+from jaxinfer.models.attention import Attention, AttentionKind
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import GatedMLP
@@ -63,7 +63,9 @@ class Gemma3(Decoder):
 
         def make_layer(physical: ModelConfig, layer: int) -> SandwichLayer:
             window = model.window(layer)
-            attention = Attention(physical, dtypes, rngs, mesh, window=window, has_qk_norm=True)
+            attention = Attention(
+                physical, dtypes, rngs, mesh, AttentionKind(window=window, has_qk_norm=True)
+            )
             return SandwichLayer(physical, attention, GatedMLP(physical, dtypes, rngs, gelu))
 
         super().__init__(model, dtypes, rngs, mesh, make_layer, math.sqrt(model.hidden_size))

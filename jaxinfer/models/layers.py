@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer.declaration import Declaration
 from jaxinfer.kv_cache import KV_PAGES_AXES
 from jaxinfer.sharding import named_sharding, num_tensor_devices, partition_spec
 from jaxinfer.weights import Weight, matrix, product
@@ -16,17 +17,16 @@ from pallas_kernels.ragged_paged_attention import KVPages
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...], fan_in: int
+    rngs: nnx.Rngs, declaration: Declaration, dtype: str, fan_in: int
 ) -> nnx.Param[jax.Array]:
-    """Declares a parameter once: shape, dtype and logical axes; initialised normal(fan_in^-1/2)."""
+    """Declares a parameter that stays as it is, initialised normal(fan_in^-1/2)."""
     initializer = jax.nn.initializers.normal(fan_in**-0.5)
-    value = initializer(rngs.params(), shape, jnp.dtype(dtype))
-    return nnx.Param(value, out_sharding=axes)
+    return declaration.parameter(initializer(rngs.params(), declaration.shape, jnp.dtype(dtype)))
 
 
 def norm_scale(size: int, axis: str | None = "embed") -> nnx.Param[jax.Array]:
-    """The weight of an RMS norm, float32 on every platform; ``axis`` is what is normed."""
-    return nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=(axis,))
+    """Declares the weight of an RMS norm, float32 on every platform; ``axis`` is what is normed."""
+    return Declaration((size,), (axis,)).parameter(jnp.ones((size,), jnp.float32))
 
 
 def traced_once(layer: nnx.Module, *inputs: Any) -> Any:

@@ -4,7 +4,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.config import DtypePolicy, ModelConfig
-from jaxinfer.models.attention import Attention
+from jaxinfer.models.attention import Attention, AttentionKind
 from jaxinfer.models.decoder import Decoder, PreNormLayer
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import GatedMLP
@@ -20,7 +20,9 @@ class Qwen3(Decoder):
     ) -> None:
         def make_layer(physical: ModelConfig, layer: int) -> PreNormLayer:
             window = model.window(layer)
-            attention = Attention(physical, dtypes, rngs, mesh, window=window, has_qk_norm=True)
+            attention = Attention(
+                physical, dtypes, rngs, mesh, AttentionKind(window=window, has_qk_norm=True)
+            )
             return PreNormLayer(physical, attention, GatedMLP(physical, dtypes, rngs))
 
         super().__init__(model, dtypes, rngs, mesh, make_layer)

@@ -4,7 +4,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.config import DtypePolicy, ModelConfig
-from jaxinfer.models.attention import Attention
+from jaxinfer.models.attention import Attention, AttentionKind
 from jaxinfer.models.decoder import Decoder, PreNormLayer
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import MixtureOfExperts
@@ -19,7 +19,9 @@ class Qwen3Moe(Decoder):
     ) -> None:
         def make_layer(physical: ModelConfig, layer: int) -> PreNormLayer:
             window = model.window(layer)
-            attention = Attention(physical, dtypes, rngs, mesh, window=window, has_qk_norm=True)
+            attention = Attention(
+                physical, dtypes, rngs, mesh, AttentionKind(window=window, has_qk_norm=True)
+            )
             experts = MixtureOfExperts(physical, dtypes, rngs, mesh, model.num_experts)
             return PreNormLayer(physical, attention, experts)
 

@@ -1,6 +1,6 @@
-"""Decides whether the next step verifies guesses, from what earlier ones brought. Host only.
+"""Decides whether the next step verifies drafts, from what earlier ones brought. Host only.
 
-Tokens do not depend on it: guesses are verified without loss, so that a choice by the clock is free
+Tokens do not depend on it: drafts are verified without loss, so that a choice by the clock is free
 to be wrong.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from jaxinfer.config import EngineConfig
 
 # Weight of the newest step in a mean; the most steps between two tries of what did not pay, and the
-# fewest: a few bad guesses at the start of a text say little, so each failed try doubles them.
+# fewest: a few bad drafts at the start of a text say little, so each failed try doubles them.
 NEWEST = 0.1
 STEPS_BETWEEN_TRIES = 64
 FEWEST_STEPS_BETWEEN_TRIES = 8
@@ -38,8 +38,8 @@ class _Batches:
     plain_seconds: _Mean = field(default_factory=_Mean)
     draft_seconds: _Mean = field(default_factory=_Mean)
     steps_since_try: int = 0
-    steps_to_try: int = FEWEST_STEPS_BETWEEN_TRIES  # of guesses where plain steps are usual
-    is_usual: bool = False  # that steps have guesses
+    steps_to_try: int = FEWEST_STEPS_BETWEEN_TRIES  # of drafts where plain steps are usual
+    is_usual: bool = False  # that steps have drafts
     was_plain: bool = False
 
     @property
@@ -47,16 +47,16 @@ class _Batches:
         return min(self.plain_seconds.count, self.draft_seconds.count) < STEPS_TO_LEARN
 
     def pays(self, gains: Sequence[float]) -> bool:
-        """Tokens a second with guesses against those without; nothing known is worth a try."""
+        """Tokens a second with drafts against those without; nothing known is worth a try."""
         gain = sum(gains) / len(gains) if gains else math.inf
         return gain * self.plain_seconds.value >= self.draft_seconds.value
 
 
 class DraftControl:
-    """Compares tokens a second of steps with guesses and without.
+    """Compares tokens a second of steps with drafts and without.
 
     What a step takes depends on the program: ``room(num_decodes)`` tells which one it is. What it
-    yields depends on the texts: on each sequence's own guesses so far.
+    yields depends on the texts: on each sequence's own drafts so far.
     """
 
     def __init__(self, config: EngineConfig, room: Callable[[int], object]) -> None:
@@ -66,7 +66,7 @@ class DraftControl:
     def choose(self, gains: Sequence[float | None]) -> int:
         """Returns how many drafts of each decode to verify in the next step.
 
-        ``gains``: tokens a step that each decode has had with guesses lately, None if it had none.
+        ``gains``: tokens a step that each decode has had with drafts lately, None if it had none.
         """
         num_decodes = len(gains)
         if self._config.draft is None or num_decodes > self._config.max_draft_seqs:
@@ -75,7 +75,7 @@ class DraftControl:
             return self._config.num_drafts
         batches = self._of(num_decodes)
         if batches.is_learning:
-            # In turns, plain ones first: they are what is lost where guesses are bad.
+            # In turns, plain ones first: they are what is lost where drafts are bad.
             is_draft = batches.plain_seconds.count > batches.draft_seconds.count
         elif self._pays(batches, gains):
             # Plain steps become faster or slower too, as sequences grow.

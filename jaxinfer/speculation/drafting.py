@@ -1,9 +1,9 @@
-"""A model that guesses, inside the program of a step: the draft's part of it.
+"""A model that drafts, inside the program of a step: the draft's part of it.
 
 The draft has keys and values of its own under the same page ids, or is the target's first layers
 and shares theirs. It draws with the noise that belongs to a position, as the target will: two
 models that agree on a token's probability agree on the token. Axis letters: D decodes, N tiles of B
-rows, K guesses, S slots, V vocab.
+rows, K drafts, S slots, V vocab.
 """
 
 from dataclasses import dataclass, replace
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jaxinfer.batch import Batch, BatchShape
 from jaxinfer.config import EngineConfig
 from jaxinfer.sampling import SlotTables, log_distribution, sample, sample_from
+from jaxinfer.speculation.drafts import Drafts
 from jaxinfer.speculation.rejection import DRAFT_NOISE
 from jaxinfer.speculation.speculative import propose_ngrams
 from jaxinfer.step_state import StepState
 from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch
 
-# What a draft model lacks of a sequence from step to step: the last guess, if all were right, and
+# What a draft model lacks of a sequence from step to step: the last draft, if all were right, and
 # the token that came after it.
 NEW_ROWS = 2
 
@@ -32,20 +33,9 @@ class TargetAndDraft(NamedTuple):
     draft: Any = None
 
 
-class Guesses(NamedTuple):
-    """``drafts`` [D, K] int32, of which ``num_drafts`` [D] are to be verified.
-
-    ``logprobs`` [D, K, V]: the distributions they were drawn from, where that matters.
-    """
-
-    drafts: jax.Array
-    num_drafts: jax.Array
-    logprobs: jax.Array | None = None
-
-
 @dataclass(frozen=True)
 class Drafter:
-    """The model that guesses. ``vocab_size``: the target's, to which its logits are cut or padded.
+    """The model that drafts. ``vocab_size``: the target's, to which its logits are cut or padded.
 
     With ``num_layers`` it is that many of the target's layers, and writes the target's own keys and
     values: verification writes the same again.
@@ -98,7 +88,7 @@ class Drafter:
 
 
 def drafter(models: TargetAndDraft, config: EngineConfig) -> Drafter | None:
-    """The model that guesses, None where no model does."""
+    """The model that drafts, None where no model does."""
     vocab_size = models.target.model.vocab_size
     if config.draft == "layers":
         return Drafter(models.target, config, vocab_size, config.num_draft_layers)
@@ -109,8 +99,8 @@ def drafter(models: TargetAndDraft, config: EngineConfig) -> Drafter | None:
 
 def propose(
     models: TargetAndDraft, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
-) -> tuple[Guesses, StepState]:
-    """Guesses for every decode, and the state with them in its table.
+) -> tuple[Drafts, StepState]:
+    """Drafts for every decode, and the state with them in its table.
 
     No more than the call may yield, and than the sequence may grow by, its own next token aside.
     With a draft model the batch's chunks get their keys and values in its pages, too.
@@ -118,7 +108,7 @@ def propose(
     slots, max_drafts = batch.decode_slots, shape.num_drafts
     model = drafter(models, config)
     if not max_drafts:
-        none = Guesses(jnp.zeros((*slots.shape, 0), jnp.int32), jnp.zeros_like(slots))
+        none = Drafts(jnp.zeros((*slots.shape, 0), jnp.int32), jnp.zeros_like(slots))
         if config.draft == "model" and shape.num_tiles and model:
             _, state = _first(model, state, batch, none.num_drafts)
         return none, state
@@ -138,57 +128,57 @@ def propose(
         vocabulary = jnp.arange(models.target.model.vocab_size)[None, None, :]
         is_draft = drafts[..., None] == vocabulary
         logprobs = jnp.where(is_draft, 0.0, -jnp.inf)
-    return Guesses(drafts, num_drafts, logprobs), state
+    return Drafts(drafts, num_drafts, logprobs), state
 
 
 def _propose_by_model(
     model: Drafter, max_drafts: int, num_drafts: jax.Array, state: StepState, batch: Batch
-) -> tuple[Guesses, StepState]:
+) -> tuple[Drafts, StepState]:
     """Catches up with what the draft model lacks, then drafts one token after the other."""
     slots = batch.decode_slots
     lens = state.lens.at[slots].get(mode="fill", fill_value=0)
     if not model.num_layers:
         state = _catch_up(model, state, batch, lens, num_drafts > 0)
     hidden, state = _first(model, state, batch, num_drafts)
-    guess, logprobs = model.choose(hidden, batch, state, slots, lens + 1)
-    state = _write(state, slots, lens + 1, guess, num_drafts > 0)
+    draft, logprobs = model.choose(hidden, batch, state, slots, lens + 1)
+    state = _write(state, slots, lens + 1, draft, num_drafts > 0)
 
     most = jnp.max(num_drafts)  # no further than somebody wants
 
-    def guess_next(
+    def draft_next(
         carry: tuple[jax.Array, StepState, jax.Array, jax.Array | None],
     ) -> tuple[jax.Array, StepState, jax.Array, jax.Array | None]:
         number, state, drafts, all_logprobs = carry
         goes_on = number < num_drafts
         tiles = _tiles(slots, lens + number, jnp.where(goes_on, 1, 0), 1, model.config)
-        guess = drafts[:, number - 1]
-        hidden, state = model.run(state, batch.page_table, tiles, _no_tiles(tiles), guess)
+        draft = drafts[:, number - 1]
+        hidden, state = model.run(state, batch.page_table, tiles, _no_tiles(tiles), draft)
         following = jnp.where(goes_on, slots, model.config.max_num_seqs)
-        guess, logprobs = model.choose(hidden, batch, state, following, lens + number + 1)
-        state = _write(state, slots, lens + number + 1, guess, goes_on)
+        draft, logprobs = model.choose(hidden, batch, state, following, lens + number + 1)
+        state = _write(state, slots, lens + number + 1, draft, goes_on)
         if all_logprobs is not None:
             all_logprobs = all_logprobs.at[:, number].set(logprobs)
-        return number + 1, state, drafts.at[:, number].set(guess), all_logprobs
+        return number + 1, state, drafts.at[:, number].set(draft), all_logprobs
 
-    drafts = jnp.zeros((*slots.shape, max_drafts), jnp.int32).at[:, 0].set(guess)
+    drafts = jnp.zeros((*slots.shape, max_drafts), jnp.int32).at[:, 0].set(draft)
     if logprobs is not None:
         everywhere = (*slots.shape, max_drafts, model.vocab_size)
         logprobs = jnp.zeros(everywhere, logprobs.dtype).at[:, 0].set(logprobs)
     start = (jnp.int32(1), state, drafts, logprobs)
-    loop = jax.lax.while_loop(lambda carry: carry[0] < most, guess_next, start)
+    loop = jax.lax.while_loop(lambda carry: carry[0] < most, draft_next, start)
     _, state, drafts, logprobs = loop
-    # The last guess was not fed to the draft.
+    # The last draft was not fed to the draft model.
     known = jnp.where(num_drafts > 0, lens + num_drafts, model.lens(state, slots))
     state = replace(state, draft_lens=state.draft_lens.at[slots].set(known, mode="drop"))
-    return Guesses(drafts, num_drafts, logprobs), state
+    return Drafts(drafts, num_drafts, logprobs), state
 
 
 def _catch_up(
     model: Drafter, state: StepState, batch: Batch, lens: jax.Array, wants: jax.Array
 ) -> StepState:
-    """Brings decodes that want guesses so far that ``NEW_ROWS`` are enough: usually nothing to do.
+    """Brings decodes that want drafts so far that ``NEW_ROWS`` are enough: usually nothing to do.
 
-    The draft lags where steps had no guesses, and where the prefix cache had the target's keys and
+    The draft lags where steps had no drafts, and where the prefix cache had the target's keys and
     values alone.
     """
     slots, size = batch.decode_slots, model.config.chunk_tile

@@ -1,9 +1,9 @@
-"""Guesses of the next tokens, and which of them the model would have chosen itself.
+"""Drafts of the next tokens, and which of them the model would have chosen itself.
 
-A guess is accepted if and only if it equals what the model samples at its position, with the noise
+A draft is accepted if and only if it equals what the model samples at its position, with the noise
 that belongs to that position (drafter-invariant speculation: Daliri, Musco, Suresh 2024). So the
-tokens are those of plain decoding, whoever guesses, and however many. Axis letters: D decodes,
-K guesses of a step, S slots, M max_model_len.
+tokens are those of plain decoding, whoever drafts, and however many. Axis letters: D decodes,
+K drafts of a step, S slots, M max_model_len.
 """
 
 import jax
@@ -19,7 +19,7 @@ def propose_ngrams(tokens: jax.Array, ends: jax.Array, num_drafts: int) -> tuple
     ``tokens`` [D, M] int32 of which the first ``ends`` [D] are known, one or more. The place that
     has the most tokens in common with the end is taken, MAX_NGRAM at most, and of these the last.
     What comes after it may run into the end: then it is taken to go on in circles.
-    Returns guesses [D, K] int32, and how many of them there are, [D] int32, 0 or K.
+    Returns drafts [D, K] int32, and how many of them there are, [D] int32, 0 or K.
     """
     max_len = tokens.shape[1]
     last = ends[:, None] - 1
@@ -45,8 +45,8 @@ def num_accepted(
     """Returns how many of ``sampled`` [D, K + 1] are new tokens, [D] int32.
 
     ``drafts`` [D, K], of which ``num_drafts`` [D] were verified; ``ends`` [D, K + 1] says which of
-    ``sampled`` would end the sequence. With x_1 ... x_K the guesses and y_0 ... y_K what the model
-    samples after the text and after each guess: y_0 ... y_n are new, n the largest number with
+    ``sampled`` would end the sequence. With x_1 ... x_K the drafts and y_0 ... y_K what the model
+    samples after the text and after each draft: y_0 ... y_n are new, n the largest number with
     x_i = y_(i-1) for all i <= n, and nothing comes after an end.
     """
     steps = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :]

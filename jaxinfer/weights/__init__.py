@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxinfer.config import DtypePolicy
+from jaxinfer.declaration import Declaration, declaration_of
 from jaxinfer.sharding import RULES
 from jaxinfer.weights.float8 import Float8Matrix, Float8Weight
 from jaxinfer.weights.formats import (
@@ -48,22 +48,14 @@ _WEIGHTS: Mapping[type, Callable[..., QuantizedWeight]] = {
 }
 
 
-def declare(
-    rngs: nnx.Rngs,
-    shape: tuple[int, ...],
-    dtypes: DtypePolicy,
-    axes: tuple[str | None, ...],
-    inputs: tuple[int, ...],
-) -> Any:
-    """A matrix of logical ``shape`` with ``axes``, of which ``inputs`` are summed over.
+def declare(rngs: nnx.Rngs, dtypes: DtypePolicy, declaration: Declaration) -> Any:
+    """Declares a matrix, initialised normal(n^-1/2), n the number of its inputs.
 
-    Initialised normal(n^-1/2), n the size of ``inputs``. ``quantize_module`` puts another format
-    in its place.
+    ``quantize_module`` puts another format in its place.
     """
-    fan_in = int(np.prod([shape[axis] for axis in inputs]))
-    initializer = jax.nn.initializers.normal(fan_in**-0.5)
-    value = initializer(rngs.params(), shape, jnp.dtype(dtypes.weights))
-    return nnx.Param(value, out_sharding=axes, inputs=inputs)
+    initializer = jax.nn.initializers.normal(declaration.num_inputs**-0.5)
+    value = initializer(rngs.params(), declaration.shape, jnp.dtype(dtypes.weights))
+    return declaration.parameter(value, can_quantize=True)
 
 
 def quantize_module(module: Any, dtypes: DtypePolicy, num_devices: int = 1) -> None:
@@ -80,9 +72,9 @@ def quantize_module(module: Any, dtypes: DtypePolicy, num_devices: int = 1) -> N
         form = single or several.get((*path, name))
         if form is None:
             continue
-        metadata = declared.get_metadata()
         try:
-            axes, inputs = metadata["out_sharding"], metadata["inputs"]
+            declaration = declaration_of(declared)
+            axes, inputs = declaration.axes, declaration.inputs
             weight = _WEIGHTS[type(form)](declared.get_value(), axes, inputs, form)
             if axes[inputs[0]] in RULES:
                 weight.check_division(num_devices)
@@ -97,7 +89,7 @@ def _declared(module: Any) -> Iterator[tuple[MatrixPath, Any, str, Any]]:
     for path, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Param) and "inputs" in value.get_metadata():
+                if isinstance(value, nnx.Param) and value.get_metadata().get("can_quantize"):
                     yield _plain(path), node, name, value
 
 
@@ -117,7 +109,7 @@ def record_rows(module: Any) -> dict[MatrixPath, list[jax.Array]]:
     """
     recorded: dict[MatrixPath, list[jax.Array]] = {}
     for path, owner, name, declared in list(_declared(module)):
-        if declared.get_metadata()["inputs"][0] == 0:
+        if declaration_of(declared).inputs[0] == 0:
             rows = recorded.setdefault((*path, name), [])
             setattr(owner, name, RecordedMatrix(declared[...], rows))
     return recorded

@@ -52,8 +52,8 @@ class OutputScaledWeight(nnx.Module):
         numbers = arrays["values"].astype(np.float32) * arrays["scales"][..., None]
         return numbers.reshape([self.shape[axis] for axis in order]).transpose(np.argsort(order))
 
-    def keep(self, parts: Integers) -> Mapping[str, np.ndarray]:
-        """The arrays of a matrix that has been integers already, of the same numbers.
+    def from_stored(self, parts: Integers) -> Mapping[str, np.ndarray]:
+        """Returns the arrays of a matrix that a file stores as integers, of the same numbers.
 
         ``parts`` have the matrix's axes, of which ``inputs`` are 1 in the scales.
         """
@@ -64,7 +64,7 @@ class OutputScaledWeight(nnx.Module):
         }
 
     def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
-        """Returns what ``keep`` made ``arrays`` of."""
+        """Returns what ``from_stored`` made ``arrays`` of."""
         outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
         order = (*outputs, *self.inputs)
         back = np.argsort(order)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxinfer.sharding import RULES
 from jaxinfer.weights.formats import GROUPS, GroupedFormat
 from jaxinfer.weights.integers import Integers
 from jaxinfer.weights.rounding import nearest, steps_of_groups
-from jaxinfer.weights.split import split_product
+from jaxinfer.weights.split import ProductAxes, split_product
 from pallas_kernels.quantized_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul.nibbles import pack_nibbles, unpack_nibbles
 from pallas_kernels.quantized_matmul.reference import dequantized
@@ -30,10 +31,10 @@ class GroupedWeight(nnx.Module):
     """``values``, ``scales`` and perhaps ``minimums`` in place of a matrix: see ``grouped_matmul``.
 
     The axes are the matrix's, those summed over (``inputs``, next to each other) as one, which is
-    called what the first of them is. So are those behind them where all but the first have no name:
-    what is tiled in a device's memory are the last two. Groups are the largest of ``GROUPS`` that
-    divide the last of ``inputs`` (so that devices can share whole heads), but no larger than
-    ``form`` says; ``ValueError`` where none does.
+    called what the first of them is. So are those behind them where devices divide none but the
+    first: what is tiled in a device's memory are the last two. Groups are the largest of
+    ``GROUPS`` that divide the last of ``inputs`` (so that devices can share whole heads), but no
+    larger than ``form`` says; ``ValueError`` where none does.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class GroupedWeight(nnx.Module):
             raise ValueError(f"{last} inputs are no multiple of {GROUPS[0]}")
         self.form = replace(form, group=max(fitting))
         self.axis, last = inputs[0], inputs[-1]
-        self.merged = tuple(matrix.shape[last + 2 :]) if not any(axes[last + 2 :]) else ()
+        are_divided = any(axis in RULES for axis in axes[last + 2 :])
+        self.merged = () if are_divided else tuple(matrix.shape[last + 2 :])
         behind = axes[last + 1 : last + 2] if self.merged else axes[last + 1 :]
         named = (*axes[: self.axis + 1], *behind)
         arrays = self.quantize(matrix)
@@ -77,8 +79,8 @@ class GroupedWeight(nnx.Module):
         parts = arrays["values"], arrays["scales"], arrays.get("minimums")
         return dequantized(*parts, axis=self.axis).reshape(self.shape)
 
-    def keep(self, parts: Integers) -> Mapping[str, np.ndarray]:
-        """The arrays of a matrix that has been integers already, of the same numbers.
+    def from_stored(self, parts: Integers) -> Mapping[str, np.ndarray]:
+        """Returns the arrays of a matrix that a file stores as integers, of the same numbers.
 
         ``parts`` have the matrix's axes, those of scales and minimums with the last of the inputs
         a ``group``-th as long.
@@ -93,7 +95,7 @@ class GroupedWeight(nnx.Module):
         )
 
     def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
-        """Returns what ``keep`` made ``arrays`` of."""
+        """Returns what ``from_stored`` made ``arrays`` of."""
         form, last = self.form, self.inputs[-1]
         values = arrays["values"]
         if form.bits == 4:
@@ -157,7 +159,7 @@ class GroupedMatrix:
         rows = inputs.reshape(inputs.shape[0], -1)
         arrays, (first, *outputs) = (self.values, self.scales, self.minimums), self.axes
         products = split_product(
-            grouped_matmul, rows, arrays, (self.axes,) * 3, first, tuple(outputs)
+            grouped_matmul, rows, arrays, (self.axes,) * 3, ProductAxes(first, tuple(outputs))
         )
         return products.reshape(rows.shape[0], -1, *self.merged) if self.merged else products
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxinfer.weights.by_output import Array, OutputScaledWeight
 from jaxinfer.weights.formats import Int8Format
-from jaxinfer.weights.split import split_product
+from jaxinfer.weights.split import ProductAxes, split_product
 from pallas_kernels.quantized_matmul import int8_matmul
 
 
@@ -76,7 +76,7 @@ class Int8Matrix:
         )
         rows, (*outputs, last) = inputs.reshape(inputs.shape[0], -1), self.axes
         arrays, axes = (self.values, self.scales), (self.axes, tuple(outputs))
-        return split_product(multiply, rows, arrays, axes, last, tuple(outputs))
+        return split_product(multiply, rows, arrays, axes, ProductAxes(last, tuple(outputs)))
 
     def grouped_product(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         """[N, I] -> [N, O] float32 with one of the matrices [X, O, I] for each group of rows."""

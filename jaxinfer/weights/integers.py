@@ -1,4 +1,4 @@
-"""A matrix as a checkpoint holds it where it has been quantized already."""
+"""A matrix as a checkpoint stores it where it has been quantized already."""
 
 from dataclasses import dataclass
 

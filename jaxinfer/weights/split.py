@@ -5,6 +5,7 @@ the weights for it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import PartitionSpec
@@ -17,21 +18,28 @@ Axes = tuple[str | None, ...]
 KERNEL_PLATFORMS = ("tpu",)
 
 
+@dataclass(frozen=True)
+class ProductAxes:
+    """Logical axes of a product [T, I] x [I, O...]: of I, and of O..."""
+
+    inputs: str | None
+    outputs: Axes
+
+
 def split_product(
     multiply: Callable[..., jax.Array],
     rows: jax.Array,
     arrays: Sequence[jax.Array | None],
     axes: Sequence[Axes],
-    inputs: str | None,
-    outputs: Axes,
+    product: ProductAxes,
     *,
     platforms: Sequence[str] = KERNEL_PLATFORMS,
 ) -> jax.Array:
     """``multiply(rows, *arrays)`` on each device with its part of ``arrays``: [T, O...].
 
     ``rows`` [T, I]. ``axes`` are the logical axes of each of ``arrays``, by which they are divided
-    (``None`` for an array that is None is not looked at). ``inputs`` is that of I, ``outputs``
-    those of O...; by the table of sharding one of them may be divided. Divided outputs stay where
+    (``None`` for an array that is None is not looked at). ``product`` has those of I and
+    of O...; by the table of sharding one of them may be divided. Divided outputs stay where
     they are made. Of divided inputs each device has a part of every sum: they are added up, in one
     exchange. ``multiply`` then sees the numbers of its device only: where it rounds rows to
     integers, the scale of a row is that of the device's part of it, which is not larger.
@@ -41,6 +49,7 @@ def split_product(
     the context (``jax.sharding.use_abstract_mesh``, ``jax.set_mesh``).
     Raises ``ValueError`` if both inputs and outputs are divided.
     """
+    inputs, outputs = product.inputs, product.outputs
     mesh = jax.sharding.get_abstract_mesh()
     is_whole = TENSOR not in mesh.axis_names or mesh.shape[TENSOR] == 1
     device = mesh.abstract_device

@@ -61,7 +61,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     """The arrangements as text."""
     lines = [
-        f"{'arrangement':<30} {'equal':>9} {'preemptions':>12} {'cached':>8} {'guesses right':>14} "
+        f"{'arrangement':<30} {'equal':>9} {'preemptions':>12} {'cached':>8} {'drafts right':>14} "
         f"{'seconds':>8}"
     ]
     for name, row in figures["arrangements"].items():
@@ -126,17 +126,17 @@ def arrangements(
     few = -(-longest // page_size)
     yield "preempted, few pages", engine(num_pages=few), [requests]
     yield "backwards, priorities, 4 steps", engine(max_steps_per_call=4), [backwards]
-    guesses: dict[str, Any] = {"num_drafts": 3, "adapt_drafts": False}
-    yield "guesses from the text", engine(draft="ngram", **guesses), [requests]
+    drafts: dict[str, Any] = {"num_drafts": 3, "adapt_drafts": False}
+    yield "drafts from the text", engine(draft="ngram", **drafts), [requests]
     layers = {
         "draft": "layers",
         "num_draft_layers": max(1, loaded.spec.model.num_hidden_layers // 3),
     }
-    tight = engine(**guesses, **layers, num_pages=3 * few, max_steps_per_call=2)
-    yield "guesses of the first layers", tight, [backwards]
+    tight = engine(**drafts, **layers, num_pages=3 * few, max_steps_per_call=2)
+    yield "drafts of the first layers", tight, [backwards]
     del tight
     if loaded.spec.draft:
-        yield "guesses of a model", engine(draft="model", **guesses), [requests]
+        yield "drafts of a model", engine(draft="model", **drafts), [requests]
 
 
 def cost(loaded: LoadedModel) -> dict[str, Any]:

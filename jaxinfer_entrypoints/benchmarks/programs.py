@@ -1,6 +1,6 @@
-"""``bench.py programs``: a step with guesses as one XLA program, as two, and as three.
+"""``bench.py programs``: a step with drafts as one XLA program, as two, and as three.
 
-Other engines guess in one program and verify in another, with the host between them. Here the same
+Other engines draft in one program and verify in another, with the host between them. Here the same
 functions are compiled apart, so that all that differs is what lies between.
 """
 
@@ -16,7 +16,8 @@ from flax import nnx
 
 from jaxinfer.batch import Batch, BatchShape, unpack
 from jaxinfer.engine import Engine
-from jaxinfer.speculation.drafting import Guesses, TargetAndDraft, propose
+from jaxinfer.speculation.drafting import TargetAndDraft, propose
+from jaxinfer.speculation.drafts import Drafts
 from jaxinfer.step import accept, compiler_options, verify, with_draft_lens, without_ended
 from jaxinfer.step_state import StepResult, StepState
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure
@@ -30,7 +31,7 @@ from jaxinfer_entrypoints.benchmarks.speculation import (
 from jaxinfer_entrypoints.loading.assembly import LoadedModel
 
 Program = Callable[[Any, StepState, jax.Array], tuple[StepState, StepResult]]
-WAYS = ("one program", "two programs", "three programs", "three, guesses by the host")
+WAYS = ("one program", "two programs", "three programs", "three, drafts by the host")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _Stages:
         platform = engine.spec.mesh.devices.flat[0].platform
         options = compiler_options(platform, engine.spec.dtypes, engine.spec.config.batch_invariant)
         compiled = functools.partial(jax.jit, compiler_options=options)
-        self.guess = compiled(self._guess, donate_argnums=1)
+        self.draft = compiled(self._draft, donate_argnums=1)
         self.verify = compiled(self._verify, donate_argnums=1)
         self.accept = compiled(self._accept, donate_argnums=0)
         self.verify_and_accept = compiled(self._verify_and_accept, donate_argnums=1)
@@ -98,23 +99,23 @@ class _Stages:
         return {
             "two programs": self.two,
             "three programs": self.three,
-            "three, guesses by the host": self.by_host,
+            "three, drafts by the host": self.by_host,
         }
 
     def two(self, parameters: Any, state: StepState, packed: Any) -> Any:
-        guesses, state = self.guess(parameters, state, packed)
-        return self.verify_and_accept(parameters, state, packed, guesses)
+        drafts, state = self.draft(parameters, state, packed)
+        return self.verify_and_accept(parameters, state, packed, drafts)
 
     def three(self, parameters: Any, state: StepState, packed: Any) -> Any:
-        guesses, state = self.guess(parameters, state, packed)
-        scores, state = self.verify(parameters, state, packed, guesses)
-        return self.accept(state, packed, guesses, scores)
+        drafts, state = self.draft(parameters, state, packed)
+        scores, state = self.verify(parameters, state, packed, drafts)
+        return self.accept(state, packed, drafts, scores)
 
     def by_host(self, parameters: Any, state: StepState, packed: Any) -> Any:
-        guesses, state = self.guess(parameters, state, packed)
-        guesses = jax.device_put(jax.device_get(guesses))  # waits, as a scheduler would
-        scores, state = self.verify(parameters, state, packed, guesses)
-        return self.accept(state, packed, guesses, scores)
+        drafts, state = self.draft(parameters, state, packed)
+        drafts = jax.device_put(jax.device_get(drafts))  # waits, as a scheduler would
+        scores, state = self.verify(parameters, state, packed, drafts)
+        return self.accept(state, packed, drafts, scores)
 
     def _models(self, parameters: TargetAndDraft) -> TargetAndDraft:
         return TargetAndDraft(
@@ -125,32 +126,32 @@ class _Stages:
     def _batch(self, state: StepState, packed: jax.Array) -> Batch:
         return without_ended(self.config, state, unpack(packed, self.shape, self.config))
 
-    def _guess(self, parameters: TargetAndDraft, state: StepState, packed: jax.Array) -> Any:
+    def _draft(self, parameters: TargetAndDraft, state: StepState, packed: jax.Array) -> Any:
         batch = self._batch(state, packed)
         return propose(self._models(parameters), self.config, self.shape, state, batch)
 
     def _verify(
-        self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, guesses: Guesses
+        self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, drafts: Drafts
     ) -> Any:
         batch, target = self._batch(state, packed), self._models(parameters).target
-        return verify(target, self.config, self.shape, state, batch, guesses)
+        return verify(target, self.config, self.shape, state, batch, drafts)
 
-    def _accept(self, state: StepState, packed: jax.Array, guesses: Guesses, scores: Any) -> Any:
+    def _accept(self, state: StepState, packed: jax.Array, drafts: Drafts, scores: Any) -> Any:
         batch = self._batch(state, packed)
-        state, result = accept(self.config, self.shape, state, batch, guesses, scores)
+        state, result = accept(self.config, self.shape, state, batch, drafts, scores)
         return state, with_draft_lens(self.config, state, batch, result)
 
     def _verify_and_accept(
-        self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, guesses: Guesses
+        self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, drafts: Drafts
     ) -> Any:
-        scores, state = self._verify(parameters, state, packed, guesses)
-        return self._accept(state, packed, guesses, scores)
+        scores, state = self._verify(parameters, state, packed, drafts)
+        return self._accept(state, packed, drafts, scores)
 
 
 def table(figures: dict[str, Any]) -> str:
     """The ways as text."""
     lines = [
-        f"{figures['model']}, {figures['num_drafts']} guesses by {figures['draft']}, one sequence: "
+        f"{figures['model']}, {figures['num_drafts']} drafts by {figures['draft']}, one sequence: "
         f"tokens {'equal' if figures['tokens_equal'] else 'DIFFER'}"
     ]
     for way, milliseconds in figures["ms_per_token"].items():

@@ -1,6 +1,6 @@
-"""``bench.py speculation``: decoding with guesses against decoding without, and how often they hit.
+"""``bench.py speculation``: decoding with drafts against decoding without, and how often they hit.
 
-``--draft`` says who guesses (default: ngram). With ``--simulate`` guesses are right as often as
+``--draft`` says who drafts (default: ngram). With ``--simulate`` drafts are right as often as
 asked for, which shows what the program itself gains from acceptance. With a temperature both rules
 of acceptance are measured on the same prompts.
 """
@@ -81,12 +81,12 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     for size in options.batch:
         plain = engine_for(loaded, size, draft=None)
         for rule in rules:
-            guessing = engine_for(loaded, size, draft=draft, verify=rule)
+            drafting = engine_for(loaded, size, draft=draft, verify=rule)
             for name, text in prompt_texts().items():
                 requests = requests_for(loaded, text, size, options.output_len, options.temperature)
                 about = {"batch": size, "text": name, "verify": rule}
-                rows.append(about | compared(plain, guessing, requests))
-            del guessing
+                rows.append(about | compared(plain, drafting, requests))
+            del drafting
         del plain
     figures = describe(loaded) | {
         "draft": loaded.options.draft or draft,
@@ -107,7 +107,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
 
 
 def pays_up_to(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """For each text the largest number of sequences, of those measured, that guesses made faster.
+    """For each text the largest number of sequences, of those measured, that drafts made faster.
 
     0 where they never did.
     """
@@ -170,15 +170,15 @@ def requests_for(
     ]
 
 
-def compared(plain: Engine, guessing: Engine, requests: list[Request]) -> dict[str, Any]:
+def compared(plain: Engine, drafting: Engine, requests: list[Request]) -> dict[str, Any]:
     """Both sides, one after the other, and whether they gave the same tokens.
 
     Rejection keeps the distribution of sampled tokens, not the tokens.
     """
-    without, with_guesses = measure(plain, requests), measure(guessing, requests)
-    drafted, accepted = drafts_of(with_guesses)
-    before, after = (m.decode_tokens / m.decode_seconds for m in (without, with_guesses))
-    is_same = with_guesses.token_ids == without.token_ids
+    without, with_drafts = measure(plain, requests), measure(drafting, requests)
+    drafted, accepted = drafts_of(with_drafts)
+    before, after = (m.decode_tokens / m.decode_seconds for m in (without, with_drafts))
+    is_same = with_drafts.token_ids == without.token_ids
     sampled = requests[0].sampling.temperature > 0
     return {
         "plain_tokens_per_second": round(before, 2),
@@ -186,18 +186,18 @@ def compared(plain: Engine, guessing: Engine, requests: list[Request]) -> dict[s
         "ratio": round(after / before, 3),
         "acceptance_rate": round(accepted / drafted, 4) if drafted else None,
         "drafted_tokens": drafted,
-        "tokens_equal": None if sampled and guessing.spec.config.verify == "rejection" else is_same,
+        "tokens_equal": None if sampled and drafting.spec.config.verify == "rejection" else is_same,
     }
 
 
 def drafts_of(measured: Measured) -> tuple[int, int]:
-    """Tokens guessed, and of these right."""
+    """Tokens drafted, and of these right."""
     last = measured.last_outputs.values()
     return sum(o.num_drafted_tokens for o in last), sum(o.num_accepted_tokens for o in last)
 
 
 def simulated(loaded: LoadedModel, options: Options) -> list[dict[str, Any]]:
-    """One sequence, whose tokens are known beforehand and guessed with the accuracy asked for."""
+    """One sequence, whose tokens are known beforehand and drafted with the accuracy asked for."""
     plain = engine_for(loaded, 1, draft=None)
     text = prompt_texts()["story"]
     (request,) = requests_for(loaded, text, 1, options.output_len, options.temperature)
@@ -205,27 +205,27 @@ def simulated(loaded: LoadedModel, options: Options) -> list[dict[str, Any]]:
     points = []
     for percent in options.simulate:
         known = [*request.prompt_token_ids, *answer]
-        with _guessing(known, percent / 100, loaded.spec.model.vocab_size):
-            guessing = engine_for(loaded, 1, draft="ngram", adapt_drafts=False)
-        found = compared(plain, guessing, [request])
+        with _drafting(known, percent / 100, loaded.spec.model.vocab_size):
+            drafting = engine_for(loaded, 1, draft="ngram", adapt_drafts=False)
+        found = compared(plain, drafting, [request])
         num_drafts = loaded.spec.config.num_drafts
         expected = sum((percent / 100) ** n for n in range(num_drafts + 1))
         points.append({"percent": percent, "tokens_a_step": round(expected, 3), **found})
-        del guessing
+        del drafting
     return points
 
 
 @contextmanager
-def _guessing(known: Sequence[int], accuracy: float, vocab_size: int) -> Iterator[None]:
-    """Programs that are compiled meanwhile guess ``known`` tokens, each right with ``accuracy``."""
+def _drafting(known: Sequence[int], accuracy: float, vocab_size: int) -> Iterator[None]:
+    """Programs that are compiled meanwhile draft ``known`` tokens, each right with ``accuracy``."""
     random = np.random.default_rng(0)
     wrong = (np.asarray(known) + 1) % vocab_size
     table = np.where(random.random(len(known)) < accuracy, known, wrong).astype(np.int32)
 
     def propose(tokens: jax.Array, ends: jax.Array, num_drafts: int) -> tuple[jax.Array, ...]:
         at = ends[:, None] + jnp.arange(num_drafts)[None, :]
-        guesses = jnp.asarray(table).at[at].get(mode="fill", fill_value=0)
-        return guesses, jnp.full(ends.shape, num_drafts, jnp.int32)
+        drafts = jnp.asarray(table).at[at].get(mode="fill", fill_value=0)
+        return drafts, jnp.full(ends.shape, num_drafts, jnp.int32)
 
     original = drafting.propose_ngrams
     drafting.propose_ngrams = propose
@@ -239,10 +239,10 @@ def _guessing(known: Sequence[int], accuracy: float, vocab_size: int) -> Iterato
 
 def table(figures: dict[str, Any]) -> str:
     """The rows as text."""
-    title = f"{figures['model']} in {figures['dtype']}, {figures['num_drafts']} guesses by "
+    title = f"{figures['model']} in {figures['dtype']}, {figures['num_drafts']} drafts by "
     lines = [
         f"{title}{figures['draft']}",
-        f"{'batch':>5} {'text':<12} {'plain':>9} {'guesses':>9} tok/s {'ratio':>6} "
+        f"{'batch':>5} {'text':<12} {'plain':>9} {'drafts':>9} tok/s {'ratio':>6} "
         f"{'right':>7}  {'verify':<9}  tokens",
     ]
     equal = {True: "equal", False: "DIFFER", None: "other draws"}
@@ -258,12 +258,12 @@ def table(figures: dict[str, Any]) -> str:
     sizes = sorted({row["batch"] for row in figures["rows"]})
     if len(sizes) > 1:
         points = ", ".join(f"{name} {most}" for name, most in figures["pays_up_to"].items())
-        lines.append(f"of {sizes} sequences guesses pay up to: {points}")
+        lines.append(f"of {sizes} sequences drafts pay up to: {points}")
     return "\n".join(lines)
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Speed against acceptance, beside the tokens a step that it would bring were guesses free."""
+    """Speed against acceptance, beside the tokens a step that it would bring were drafts free."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -274,9 +274,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot(percents, [point["ratio"] for point in points], "o-", label="measured")
     most = [point["tokens_a_step"] for point in points]
-    axes.plot(percents, most, "--", label="tokens a step, were guesses free")
+    axes.plot(percents, most, "--", label="tokens a step, were drafts free")
     axes.axhline(1.0, color="gray", linewidth=0.8)
-    axes.set_xlabel("guesses that are right, % each")
+    axes.set_xlabel("drafts that are right, % each")
     axes.set_ylabel("decode tok/s, times plain decoding")
     axes.set_ylim(0, math.ceil(max(most)))
     axes.legend()

@@ -93,8 +93,7 @@ def kv_cache(loaded: LoadedModel) -> Iterator[Row]:
             f"KV cache against recomputation, 256 tokens, batch {size}",
             "10-100x",
             "decode tok/s",
-            size * count / seconds,
-            ours.decode_tokens / ours.decode_seconds,
+            (size * count / seconds, ours.decode_tokens / ours.decode_seconds),
             all(ours.token_ids[str(i)][:count] == new for i, new in enumerate(tokens)),
             "reading the weights bounds a decode of one sequence" if size == 1 else "",
         )
@@ -116,9 +115,9 @@ def paging(loaded: LoadedModel) -> Iterator[Row]:
     name = "paging against reserved maximum lengths"
     note = f"{num_pages} pages, maximum {length} tokens, prompts of 32 to 639, 32 new tokens"
     yield faster(
-        f"{name}: sequences", "2-4x", "at once", naive.max_running, ours.max_running, equal, note
+        f"{name}: sequences", "2-4x", "at once", (naive.max_running, ours.max_running), equal, note
     )
-    yield faster(f"{name}: speed", "-", "output tok/s", rate(naive), rate(ours), equal)
+    yield faster(f"{name}: speed", "-", "output tok/s", (rate(naive), rate(ours)), equal)
 
 
 def continuous_batching(loaded: LoadedModel) -> Iterator[Row]:
@@ -143,13 +142,14 @@ def continuous_batching(loaded: LoadedModel) -> Iterator[Row]:
     equal = all(ids == ours.token_ids[key] for run in alone for key, ids in run.token_ids.items())
     one = sum(max_tokens[few]) / sum(run.seconds for run in alone)
     name = "continuous batching against"
-    yield faster(f"{name} static padded batches", "2-4x", "output tok/s", static, rate(ours), None)
+    yield faster(
+        f"{name} static padded batches", "2-4x", "output tok/s", (static, rate(ours)), None
+    )
     yield faster(
         f"{name} one at a time",
         "10-20x",
         "output tok/s",
-        one,
-        rate(ours),
+        (one, rate(ours)),
         equal,
         "two cores are busy with 16 rows: a batch costs arithmetic here, not only bandwidth",
     )
@@ -171,8 +171,8 @@ def prefix_cache(loaded: LoadedModel) -> Iterator[Row]:
     before, after = latencies(naive)["ttft_ms_p50"], latencies(ours)["ttft_ms_p50"]
     assert before is not None
     assert after is not None
-    yield smaller(f"{name}: first token", "-", "ms TTFT p50", before, after, equal)
-    yield smaller(f"{name}: all done", "-", "s", naive.seconds, ours.seconds, equal)
+    yield smaller(f"{name}: first token", "-", "ms TTFT p50", (before, after), equal)
+    yield smaller(f"{name}: all done", "-", "s", (naive.seconds, ours.seconds), equal)
 
 
 def asynchronous_steps(loaded: LoadedModel) -> Iterator[Row]:
@@ -190,8 +190,8 @@ def asynchronous_steps(loaded: LoadedModel) -> Iterator[Row]:
     equal = runs[0].token_ids == runs[1].token_ids == runs[2].token_ids
     note = "a step takes some 80 ms here and the host about 1: there is little to hide"
     unit = "decode tok/s"
-    yield faster("asynchronous steps", "-", unit, waiting, ahead, equal, note)
-    yield faster("8 steps in one call against one", "-", unit, ahead, several, equal)
+    yield faster("asynchronous steps", "-", unit, (waiting, ahead), equal, note)
+    yield faster("8 steps in one call against one", "-", unit, (ahead, several), equal)
 
 
 def quantization(loaded: LoadedModel) -> Iterator[Row]:
@@ -202,14 +202,14 @@ def quantization(loaded: LoadedModel) -> Iterator[Row]:
     small = in_format(loaded, name)
     naive, ours = weight_bytes(loaded.parameters), weight_bytes(small.parameters)
     title = f"{name} against {loaded.spec.dtypes.weights} weights"
-    yield smaller(f"{title}, bytes", "4-8x", "MiB", naive / 2**20, ours / 2**20, None)
+    yield smaller(f"{title}, bytes", "4-8x", "MiB", (naive / 2**20, ours / 2**20), None)
     pages = [
         page_bytes(loaded.spec.model, loaded.spec.config.page_size, dtype, loaded.engine.spec.mesh)
         for dtype in ("bfloat16", name)
     ]
     title_pages = f"{name} against bfloat16 KV pages, bytes of a token"
     whole, rounded = (size / loaded.spec.config.page_size / 1024 for size in pages)
-    yield smaller(title_pages, "-", "KiB", whole, rounded, None)
+    yield smaller(title_pages, "-", "KiB", (whole, rounded), None)
     engines = [
         engine_for(variant, prefix_cache=False, max_num_seqs=32) for variant in (loaded, small)
     ]
@@ -217,30 +217,29 @@ def quantization(loaded: LoadedModel) -> Iterator[Row]:
         requests = requests_of(random_prompts(loaded.spec.model.vocab_size, [32] * size), 33)
         plain, quantized = (measure(engine, requests) for engine in engines)
         before, after = (run.decode_tokens / run.decode_seconds for run in (plain, quantized))
-        yield faster(f"{title}, batch {size}", "2-4x", "decode tok/s", before, after, None)
+        yield faster(f"{title}, batch {size}", "2-4x", "decode tok/s", (before, after), None)
 
 
 def speculation(loaded: LoadedModel) -> Iterator[Row]:
-    """Guesses from the text against plain decoding; ``bench.py speculation`` has other drafts."""
+    """Drafts from the text against plain decoding; ``bench.py speculation`` has other drafts."""
     texts = bench_speculation.prompt_texts()
     for size, names in ((1, ("edit code", "summarise", "story")), (8, ("edit code",))):
-        plain, guessing = (
+        plain, drafting = (
             bench_speculation.engine_for(loaded, size, draft=who) for who in (None, "ngram")
         )
         for name in names:
             requests = bench_speculation.requests_for(loaded, texts[name], size, 128)
-            found = bench_speculation.compared(plain, guessing, requests)
+            found = bench_speculation.compared(plain, drafting, requests)
             right = found["acceptance_rate"]
             yield faster(
-                f"guesses from the text, {name}, batch {size}",
+                f"drafts from the text, {name}, batch {size}",
                 "2-3x",
                 "decode tok/s",
-                found["plain_tokens_per_second"],
-                found["tokens_per_second"],
+                (found["plain_tokens_per_second"], found["tokens_per_second"]),
                 found["tokens_equal"],
-                f"{found['drafted_tokens']} guesses, {100 * right:.0f} % right" if right else "",
+                f"{found['drafted_tokens']} drafts, {100 * right:.0f} % right" if right else "",
             )
-        del plain, guessing
+        del plain, drafting
 
 
 TECHNIQUES = {
@@ -271,19 +270,20 @@ def faster(
     technique: str,
     claim: str,
     unit: str,
-    naive: float,
-    ours: float,
+    sides: tuple[float, float],
     tokens_equal: bool | None,
     note: str = "",
 ) -> Row:
-    """A row in which more is better."""
+    """Makes a row in which more is better; ``sides`` are the naive way's and ours."""
+    naive, ours = sides
     ratio = round(ours / naive, 3)
     return Row(technique, claim, unit, round(naive, 3), round(ours, 3), ratio, tokens_equal, note)
 
 
 def smaller(
-    technique: str, claim: str, unit: str, naive: float, ours: float, tokens_equal: bool | None
+    technique: str, claim: str, unit: str, sides: tuple[float, float], tokens_equal: bool | None
 ) -> Row:
-    """A row in which less is better."""
+    """Makes a row in which less is better; ``sides`` as above."""
+    naive, ours = sides
     ratio = round(naive / ours, 3)
     return Row(technique, claim, unit, round(naive, 3), round(ours, 3), ratio, tokens_equal)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints.held import kept_formats
 from checkpoints.load import load_parameters
+from checkpoints.stored import require_stored_formats
 from jaxinfer import models, step
 from jaxinfer.batch import BatchShape, Packer, unpack
-from jaxinfer.config import KEPT, DtypePolicy, EngineConfig
+from jaxinfer.config import STORED, DtypePolicy, EngineConfig
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, ScheduledSequence
@@ -45,15 +45,15 @@ def in_format(loaded: LoadedModel, name: str) -> LoadedModel:
     if name in KV_FORMATS:
         dtypes = dataclasses.replace(loaded.spec.dtypes, kv_cache=KV_FORMATS[name])
         return dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, dtypes=dtypes))
-    formats = kept_formats(loaded.name, loaded.checkpoint) if name == KEPT else ()
+    formats = require_stored_formats(loaded.name, loaded.checkpoint) if name == STORED else ()
     dtypes = dataclasses.replace(loaded.spec.dtypes, quantization=name, matrix_formats=formats)
     spec = dataclasses.replace(loaded.spec, dtypes=dtypes)
     _, state = models.abstract(spec.model, dtypes, spec.mesh)
     abstract = abstract_parameters(state, spec.mesh)
     made = quantized_weights(spec.model, dtypes, spec.mesh)
-    if name == KEPT:
+    if name == STORED:
         parameters = load_parameters(
-            loaded.checkpoint, abstract, None, num_tensor_devices(spec.mesh), made, keeps=True
+            loaded.checkpoint, abstract, None, num_tensor_devices(spec.mesh), made, stored=True
         )
         return dataclasses.replace(loaded, spec=spec, parameters=parameters)
 

@@ -1,1 +1,1 @@
-"""Flags, and inputs that a user gives as files."""
+"""Flags, and the values that they make: only they and programs import argparse."""

@@ -50,7 +50,7 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="PERCENT",
-        help="measure also with guesses that are right in so many of 100 cases",
+        help="measure also with drafts that are right in so many of 100 cases",
     )
     parser.add_argument("--plot", type=Path, help="a PNG file of --simulate (needs matplotlib)")
 

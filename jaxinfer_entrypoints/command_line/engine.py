@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoints.configs import configured_models
 from checkpoints.fetch.catalog import CATALOG
-from checkpoints.held import QUANTIZATIONS
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import KV_DTYPES, EngineConfig
 from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
 from jaxinfer_entrypoints.loading.options import DTYPES, VERIFICATIONS, LoadOptions
@@ -152,24 +152,24 @@ def _add_draft_options(group: Any) -> None:
     group.add_argument(
         "--draft",
         metavar="WHO",
-        help="guess tokens that the model then verifies, several in one step, where that is "
+        help="draft tokens that the model then verifies, several in one step, where that is "
         "faster; no token changes. ngram: what came after the last place that looks like the end; "
         "layers:N: the model's own first N layers; else a smaller model with the same vocabulary, "
-        "named as for --model (default: no guesses)",
+        "named as for --model (default: no drafts)",
     )
     group.add_argument(
         "--num-drafts",
         type=int,
         default=defaults.num_drafts,
         metavar="K",
-        help="guesses of a sequence in a step, at most (default: %(default)s)",
+        help="drafts of a sequence in a step, at most (default: %(default)s)",
     )
     group.add_argument(
         "--verify",
         choices=VERIFICATIONS,
         default=defaults.verify,
-        help="which guesses are right. exact: what the model would have chosen itself, so that "
-        "tokens are those without guesses; rejection: by speculative sampling, which keeps the "
+        help="which drafts are right. exact: what the model would have chosen itself, so that "
+        "tokens are those without drafts; rejection: by speculative sampling, which keeps the "
         "distribution but not the tokens of a seed (default: %(default)s)",
     )
     group.add_argument(

@@ -16,7 +16,7 @@ from checkpoints.fetch.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
-from jaxinfer.config import KEPT, DraftModel, DtypePolicy, ModelConfig
+from jaxinfer.config import STORED, DraftModel, DtypePolicy, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
@@ -77,7 +77,7 @@ class LoadedModel:
 
 
 def largest_shape(engine: Engine, *_: object) -> Sequence[BatchShape]:
-    """For work that is all prompt, and for programs that make further engines: no guesses."""
+    """For work that is all prompt, and for programs that make further engines: no drafts."""
     return [shape for shape in engine.shapes if not shape.num_drafts][-1:]
 
 
@@ -152,7 +152,7 @@ def _load(
             progress,
             num_tensor_devices(mesh),
             quantized_weights(checkpoint.model, dtypes, mesh),
-            keeps=dtypes.quantization == KEPT,
+            stored=dtypes.quantization == STORED,
         )
         return jax.block_until_ready(parameters)
 

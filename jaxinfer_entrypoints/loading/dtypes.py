@@ -3,11 +3,9 @@
 import dataclasses
 from typing import Any
 
-from checkpoints.converted.checkpoint import OrbaxCheckpoint
-from checkpoints.gguf.checkpoint import GGUFCheckpoint
-from checkpoints.held import kept_formats
-from checkpoints.load import Checkpoint
-from jaxinfer.config import KEPT, DtypePolicy
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.stored import require_stored_formats
+from jaxinfer.config import STORED, DtypePolicy
 from jaxinfer.weights import check_device
 from jaxinfer_entrypoints.loading.options import LoadOptions
 
@@ -20,9 +18,9 @@ def pick_dtypes(options: LoadOptions, checkpoint: Checkpoint | None, device: Any
     kv_dtype = None if options.kv_dtype == "auto" else options.kv_dtype
     dtypes = DtypePolicy.for_platform(device.platform, options.dtype, kv_dtype)
     asked = options.quantize
-    if isinstance(checkpoint, OrbaxCheckpoint) and checkpoint.quantization.name is not None:
+    if checkpoint is not None and checkpoint.quantization.name is not None:
         made = checkpoint.quantization
-        if asked not in (None, KEPT, made.name):
+        if asked not in (None, STORED, made.name):
             raise ValueError(
                 f"{options.model} was converted to {made.name}: leave --quantize out, or convert "
                 f"what it was made of again"
@@ -32,14 +30,12 @@ def pick_dtypes(options: LoadOptions, checkpoint: Checkpoint | None, device: Any
         name = None if asked == "none" else asked
         if name is not None:
             check_device(name, device)
-        formats = kept_formats(options.model, checkpoint) if name == KEPT else ()
+        formats = require_stored_formats(options.model, checkpoint) if name == STORED else ()
     return dataclasses.replace(dtypes, quantization=name, matrix_formats=formats)
 
 
 def describe_rounding(checkpoint: Checkpoint) -> str:
-    """Says what was rounded of integers that could not be kept as they are; "" for nothing."""
-    if not isinstance(checkpoint, GGUFCheckpoint):
-        return ""
+    """Says by how much the scales of stored integers were rounded; "" where none was."""
     rounded = {name: error for name, error in checkpoint.rounding.items() if error}
     if not rounded:
         return ""

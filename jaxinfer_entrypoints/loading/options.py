@@ -4,9 +4,9 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from checkpoints.held import QUANTIZATIONS
+from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import KV_DTYPES, EngineConfig
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 
@@ -104,17 +104,44 @@ class LoadOptions:
         )
 
 
+class LoadKeywords(TypedDict, total=False):
+    """The fields of ``LoadOptions`` as keywords, all but ``model``."""
+
+    device: str | None
+    dtype: str | None
+    kv_dtype: str
+    quantize: str | None
+    generation_config: bool
+    tensor_parallel: int | None
+    data_parallel: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    page_size: int | None
+    max_steps_per_call: int | None
+    kv_memory: int | None
+    prefix_cache: bool
+    priority_seconds: float
+    batch_invariant: bool
+    attention: str | None
+    draft: str | None
+    num_drafts: int
+    verify: Literal["exact", "rejection"]
+    draft_quantize: str | None
+    compile_only: bool
+
+
 def _check_type(field: dataclasses.Field[Any], value: object) -> None:
     kinds = typing.get_args(field.type) or (field.type,)
     if value is None and NoneType in kinds:
         return
-    if bool in kinds or isinstance(value, bool):
-        fits = bool in kinds and isinstance(value, bool)
-        wanted = "True or False" if bool in kinds else "no truth value"
+    is_bool = isinstance(value, bool)  # which is an int to Python
+    if bool in kinds:
+        fits, wanted = is_bool, "True or False"
     elif float in kinds:
-        fits, wanted = isinstance(value, int | float), "a number"
+        fits, wanted = isinstance(value, int | float) and not is_bool, "a number"
     elif int in kinds:
-        fits, wanted = isinstance(value, int), "an integer"
+        fits, wanted = isinstance(value, int) and not is_bool, "an integer"
     else:
         fits, wanted = isinstance(value, str), "a str"
     if not fits:

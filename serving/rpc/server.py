@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -55,13 +56,23 @@ class LoadInterruptedError(Exception):
     """
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """A server's address, its patience when it ends, and how many requests it takes at once.
+
+    ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    grace_seconds: float = 30.0
+    max_live_requests: int = 512
+
+
 def run_server(
     load: Callable[[], ServedModel],
+    options: ServerOptions | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    grace_seconds: float = 30.0,
-    max_live_requests: int = 512,
     on_listening: Callable[[int], None] | None = None,
     on_ready: Callable[[int], None] | None = None,
 ) -> None:
@@ -69,10 +80,7 @@ def run_server(
     asyncio.run(
         serve(
             load,
-            host=host,
-            port=port,
-            grace_seconds=grace_seconds,
-            max_live_requests=max_live_requests,
+            options,
             on_listening=on_listening,
             on_ready=on_ready,
         )
@@ -81,11 +89,8 @@ def run_server(
 
 async def serve(
     load: Callable[[], ServedModel],
+    options: ServerOptions | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    grace_seconds: float = 30.0,
-    max_live_requests: int = 512,
     on_listening: Callable[[int], None] | None = None,
     on_ready: Callable[[int], None] | None = None,
     stop: asyncio.Event | None = None,
@@ -93,13 +98,15 @@ async def serve(
     """Listens, loads the model in a thread, serves it, drains.
 
     ``load`` returns a model whose engines are compiled. ``on_listening`` and ``on_ready`` get the
-    port, chosen by the system where ``port`` is 0. SIGTERM or SIGINT drains: running requests get
-    ``grace_seconds``, a second signal ends them at once. Where ``stop`` is given, that event is
-    the signal and the process's own signals are left alone.
+    port. SIGTERM or SIGINT drains: running requests get ``grace_seconds``, a second signal ends
+    them at once. Where ``stop`` is given, that event is the signal and the process's own signals
+    are left alone.
 
     Raises ``OSError`` when it cannot listen, whatever ``load`` raises, ``LoadInterruptedError``,
     and ``EngineFailedError`` when the engine failed and the process should end.
     """
+    options = options or ServerOptions()
+    host, port = options.host, options.port
     _check_can_listen(host, port)
     service = InferenceService()
     health_service = HealthServicer()
@@ -122,7 +129,7 @@ async def serve(
             if on_listening is not None:
                 on_listening(port)
             served = await _load(load, stop)
-            replicas = Replicas(served.engines, max_live_requests=max_live_requests)
+            replicas = Replicas(served.engines, max_live_requests=options.max_live_requests)
             service.attach(served, replicas)
             await _set_health(health_service, is_serving=True)
             if on_ready is not None:
@@ -132,7 +139,7 @@ async def serve(
             try:
                 await _set_health(health_service, is_serving=False)
                 if replicas is not None:
-                    await _drain(replicas, grace_seconds, hurry)
+                    await _drain(replicas, options.grace_seconds, hurry)
             finally:
                 await server.stop(CLOSE_SECONDS)
                 service.close()

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,14 +30,10 @@ from serving.replicas import Replicas
 from serving.request_checks import check_request_id, check_token_ids
 from serving.request_stream import RequestStream
 from serving.rpc import responses
-from serving.rpc.chat_inputs import chat_inputs
+from serving.rpc.admission import admitted_request, check_wishes, prompt_encoder
 from serving.rpc.validate import (
-    check_generation,
-    check_prompt,
     is_on,
-    max_tokens_in_effect,
     refuse_unsupported,
-    sampling_params,
     text_options,
 )
 from serving.served_model import ServedModel
@@ -217,57 +213,20 @@ class InferenceService:
         return self._serving
 
     async def _admit(
-        self, request: pb.GenerateRequest, request_id: str, served: ServedModel
+        self, message: pb.GenerateRequest, request_id: str, served: ServedModel
     ) -> Request:
-        wanted = request.sampling
         with _refusing_value_errors():
-            check_generation(request, served.name)
-            sampling = sampling_params(wanted, served.default_sampling)
-        token_ids = await self._encode(request, served)
+            sampling = check_wishes(message, served)
+        token_ids = await self._encode(message, served)
         with _refusing_value_errors():
-            max_model_len = served.engine_config.max_model_len
-            admitted = Request(
-                request_id=request_id,
-                prompt_token_ids=tuple(token_ids),
-                max_tokens=max_tokens_in_effect(wanted, len(token_ids), max_model_len),
-                sampling=sampling,
-                eos_token_ids=served.tokenizer.eos_token_ids,
-                ignore_eos=wanted.ignore_eos,
-                stop_token_ids=tuple(wanted.stop_token_ids),
-                min_tokens=wanted.min_tokens,
-                n=wanted.n if wanted.HasField("n") else 1,
-                logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
-                prompt_logprobs=(
-                    wanted.prompt_logprobs if wanted.HasField("prompt_logprobs") else None
-                ),
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-            )
-            admitted.check_fits(served.model.vocab_size, max_model_len)
-        return admitted
+            return admitted_request(message, request_id, token_ids, sampling, served)
 
     async def _encode(
-        self, request: pb.GenerateRequest | pb.TokenizeRequest, served: ServedModel
-    ) -> list[int]:
-        tokenizer, parses = served.tokenizer, request.parse_special_tokens
+        self, message: pb.GenerateRequest | pb.TokenizeRequest, served: ServedModel
+    ) -> Sequence[int]:
         with _refusing_value_errors():
-            num_characters = check_prompt(request, tokenizer.has_chat_template)
-            match request.WhichOneof("prompt"):
-                case "text":
-                    adds = is_on(request, "add_special_tokens")
-                    return await self._in_thread(
-                        lambda: tokenizer.encode(request.text, adds, parses), num_characters
-                    )
-                case "chat":
-                    return await self._in_thread(
-                        lambda: tokenizer.encode_chat(
-                            *chat_inputs(request.chat), parse_special_tokens=parses
-                        ),
-                        num_characters,
-                    )
-                case _:
-                    assert isinstance(request, pb.GenerateRequest)
-                    return list(request.token_ids.ids)
+            encode, num_characters = prompt_encoder(message, served.tokenizer)
+            return await self._in_thread(encode, num_characters)
 
     async def _in_thread[T](self, work: Callable[[], T], size: int) -> T:
         if size <= SHORT_PROMPT:

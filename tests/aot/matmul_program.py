@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
 from jaxinfer.sharding import device_format, make_mesh, named_sharding
-from jaxinfer.weights.split import split_product
+from jaxinfer.weights.split import ProductAxes, split_product
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
 from pallas_kernels.quantized_matmul import grouped_matmul, int8_matmul, tpu_blocks
@@ -112,11 +112,11 @@ def compile_feed_forward(target: str, name: str, rows: int) -> tuple[Any, int]:
     up_split, down_split = ("embed", (None, "ffn")), ("ffn", ("embed",))
 
     def feed_forward(x: jax.Array, ups: list[jax.Array], downs: list[jax.Array]) -> jax.Array:
-        both = split_product(up, x, ups, up_axes(*up_split), *up_split).astype(x.dtype)
+        both = split_product(up, x, ups, up_axes(*up_split), ProductAxes(*up_split)).astype(x.dtype)
         hidden = jax.nn.silu(both[:, 0]) * both[:, 1]
-        return x + split_product(down, hidden, downs, down_axes(*down_split), *down_split).astype(
-            x.dtype
-        )
+        return x + split_product(
+            down, hidden, downs, down_axes(*down_split), ProductAxes(*down_split)
+        ).astype(x.dtype)
 
     x = jax.ShapeDtypeStruct((rows, embed), jnp.bfloat16, sharding=named_sharding(mesh))
     ups = placed(mesh, up_arrays, up_axes(*up_split))

@@ -1,7 +1,7 @@
-"""A speculative step as the compilers make it: two models, guesses and verification in one program.
+"""A speculative step as the compilers make it: two models, drafts and verification in one program.
 
 Two layers of Llama 3 8B and two of a model of a quarter of its width, with the step that has
-everything: decodes that guess and verify, tiles of prompts for both models.
+everything: decodes that draft and verify, tiles of prompts for both models.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def devices(target: str) -> list[Any]:
 
 @functools.cache
 def compiled(target: str, num_tiles: int) -> Any:
-    """The step of eight decodes with guesses, and so many tiles."""
+    """The step of eight decodes with drafts, and so many tiles."""
     mesh = make_mesh(devices(target)[:8])
     shape = BatchShape(8, num_tiles, CONFIG.num_drafts)
     assert shape in batch_shapes(CONFIG)

@@ -13,7 +13,7 @@ from checkpoints.converted.convert import convert
 from checkpoints.load import open_checkpoint
 from checkpoints.parameters import tensor_shapes
 from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, tensor_places
-from jaxinfer.models import family, parameter_shapes, read_config
+from jaxinfer.models import declared_parameters, family, read_config
 from tests.checkpoints.gguf import tiny_gguf
 from tests.checkpoints.gguf.tiny_gguf import (
     ARRAY,
@@ -169,7 +169,7 @@ def write_converted(folder: Path) -> None:
 
 def _hugging_face_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     model = read_config(config)
-    shapes = tensor_shapes(parameter_shapes(model), model.tie_word_embeddings)
+    shapes = tensor_shapes(declared_parameters(model))
     own = family(model.architecture).hugging_face
     places = tensor_places(
         shapes, HUGGING_FACE_MODEL, HUGGING_FACE_LAYER, own, "model.layers.{layer}."

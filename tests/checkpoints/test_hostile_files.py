@@ -21,7 +21,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from checkpoints.converted.checkpoint import OrbaxCheckpoint
 from checkpoints.gguf.file import GGUFFile
 from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer_entrypoints.memory.peak import PeakMemory
@@ -47,13 +46,15 @@ _PHASES = (Phase.generate, Phase.shrink)
 TEXT = "ab 12, <|end|> \u00e4\u4e2d <tool>"
 CHAT = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "ab"}]
 
+pytestmark = pytest.mark.thorough("2,000 damaged files")
+
 
 def use(path: Path) -> None:
     """All that a program does with a checkpoint before it runs it."""
     checkpoint = open_checkpoint(path)
     spec, sampling = checkpoint.tokenizer, checkpoint.default_sampling
     assert sampling.temperature >= 0
-    if not isinstance(checkpoint, OrbaxCheckpoint):  # whose parameters are not damaged here
+    if checkpoint.tensors is not None:  # whose parameters are not damaged here
         load_parameters(checkpoint, abstract_parameters(checkpoint.model))
     try:
         tokenizer = Tokenizer(spec)

@@ -1,5 +1,4 @@
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxinfer import models, sharding
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.models import parameter_shapes
 from jaxinfer.sharding import make_mesh
+from tests.checkpoints.floats import FloatTensors
 from tests.checkpoints.gguf import tiny_gguf
 from tests.conftest import ManyDevices
 from tests.data.random_llama import CONFIGS, draw_weights
@@ -25,8 +25,8 @@ from tests.patience import WORK_SECONDS
 
 
 @dataclass(frozen=True)
-class RandomWeights:
-    """The least that load_parameters needs."""
+class RandomWeights(FloatTensors):
+    """Weights drawn by name."""
 
     model: ModelConfig
     weights: dict[str, np.ndarray]
@@ -161,7 +161,10 @@ def loaded_over(num_devices: int, name: str) -> dict[Any, np.ndarray]:
     loaded = load_parameters(source, abstract, num_devices=num_devices)
     for array, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(abstract), strict=True):
         assert (array.shape, array.sharding) == (wanted.shape, wanted.sharding)
-    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(loaded)}
+    return {
+        tuple(entry.key for entry in path): np.asarray(array)
+        for path, array in jax.tree.leaves_with_path(loaded)
+    }
 
 
 @pytest.mark.parametrize(("name", "num_devices"), [("grouped_tied", 6), ("multi_head_untied", 8)])
@@ -170,10 +173,9 @@ def test_physical_parameters_stand_for_those_of_one_device(
 ) -> None:
     model = random_weights(name).model
     physical = sharding.physical_model(model, num_devices)
-    one = many_devices(loaded_over, 1, name)
+    one, declared = many_devices(loaded_over, 1, name), models.declared_parameters(model)
     for path, array in many_devices(loaded_over, num_devices, name).items():
-        part = re.findall(r"\w+", path)[-1]
-        wanted = sharding.physical_parameter(part, one[path], model, physical)
+        wanted = sharding.physical_parameter(declared[path].axes, one[path], model, physical)
         np.testing.assert_array_equal(array, wanted)
 
 

@@ -111,9 +111,9 @@ class FakeDevice:
             assert slot.num_computed == len(slot.token_ids) - 1
             assert slot.num_computed <= scheduled.start + len(new), "more than the host assumes"
             room = scheduled.num_tokens - len(new) - 1
-            drafts = self.guess(scheduled, slot, num_drafts)[:room]
+            drafts = self.draft(scheduled, slot, num_drafts)[:room]
             num_drafted, num_steps = num_drafted + len(drafts), num_steps + 1
-            self.write_guesses(scheduled, slot, drafts)
+            self.write_drafts(scheduled, slot, drafts)
             self.run_draft(scheduled, slot, drafts)
             num_fed = slot.draft_len
             for draft in (*drafts, None):
@@ -133,19 +133,19 @@ class FakeDevice:
             slot.draft_len,
         )
 
-    def guess(self, scheduled: ScheduledSequence, slot: Slot, num_drafts: int) -> list[int]:
+    def draft(self, scheduled: ScheduledSequence, slot: Slot, num_drafts: int) -> list[int]:
         """Some right, then some wrong; no more than may come before the last token."""
         request, known = scheduled.request, list(slot.token_ids)
         end = len(request.prompt_token_ids) + request.max_tokens
-        guesses: list[int] = []
+        drafts: list[int] = []
         num_right = sum(known) % (num_drafts + 1)
         for number in range(min(num_drafts, end - len(known) - 1)):
             token_id = next_token(request, scheduled.choice, known)
-            guesses.append(token_id if number < num_right else (token_id + 1) % VOCAB_SIZE)
-            known.append(guesses[-1])
-        return guesses
+            drafts.append(token_id if number < num_right else (token_id + 1) % VOCAB_SIZE)
+            known.append(drafts[-1])
+        return drafts
 
-    def write_guesses(self, scheduled: ScheduledSequence, slot: Slot, drafts: list[int]) -> None:
+    def write_drafts(self, scheduled: ScheduledSequence, slot: Slot, drafts: list[int]) -> None:
         """Wrong ones leave something in the pages too."""
         known = [*slot.token_ids, *drafts]
         for position in range(slot.num_computed + 1, len(known)):
@@ -153,7 +153,7 @@ class FakeDevice:
             self.pages[page_id][position % self.config.page_size] = tuple(known[: position + 1])
 
     def run_draft(self, scheduled: ScheduledSequence, slot: Slot, drafts: list[int]) -> None:
-        """A draft model catches up, then reads all but the last of its guesses."""
+        """A draft model catches up, then reads all but the last of its drafts."""
         if self.config.draft != "model" or not drafts:
             return
         known = [*slot.token_ids, *drafts[:-1]]

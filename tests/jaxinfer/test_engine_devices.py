@@ -30,10 +30,11 @@ def outputs_over(
     physical = physical_model(MODEL, num_devices)
 
     def place(path: tuple, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        leaf = logical
-        for key in path:
-            leaf = leaf[key.key]
-        array = physical_parameter(path[-1].key, np.asarray(leaf), MODEL, physical)
+        leaf, keys = logical, tuple(entry.key for entry in path)
+        for key in keys:
+            leaf = leaf[key]
+        axes = models.declared_parameters(MODEL)[keys].axes
+        array = physical_parameter(axes, np.asarray(leaf), MODEL, physical)
         return jax.device_put(array, wanted.sharding)
 
     engine.start(jax.tree_util.tree_map_with_path(place, engine.abstract_parameters))

@@ -156,7 +156,7 @@ class SeveralStepsMachine(SchedulerMachine):
 
 
 class DraftsMachine(SchedulerMachine):
-    """The same with guesses that are right, wrong and left out, in one step a call or several."""
+    """The same with drafts that are right, wrong and left out, in one step a call or several."""
 
     config = dataclasses.replace(
         TIGHT, max_steps_per_call=2, num_pages=12, draft="ngram", num_drafts=3

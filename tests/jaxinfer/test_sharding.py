@@ -69,11 +69,12 @@ class Runner:
     def start(self, seed: int) -> None:
         """Draws one device's parameters, and takes what stands for them here."""
         physical = physical_model(self.model, self.num_devices)
+        declared = models.declared_parameters(self.model)
 
         def place(path: Any, logical: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-            name = path[-1].key
-            array = physical_parameter(name, np.asarray(logical), self.model, physical)
-            assert array.shape == wanted.shape, name
+            axes = declared[tuple(entry.key for entry in path)].axes
+            array = physical_parameter(axes, np.asarray(logical), self.model, physical)
+            assert array.shape == wanted.shape, path
             return jax.device_put(array, wanted.sharding)
 
         logical = random_parameters(self.model, seed)
@@ -323,15 +324,16 @@ def test_every_head_stands_where_its_copy_reads_it() -> None:
     """3 query heads over 2 copies of their kv head: 2 and 1, and a head of zeros."""
     model = tiny_model()
     physical = physical_model(model, 4)
+    declared = {path[-1]: one for path, one in models.declared_parameters(model).items()}
     qkv = np.random.RandomState(0).randn(48, 2, 5, 8)
-    ours = physical_parameter("qkv", qkv, model, physical)
+    ours = physical_parameter(declared["qkv"].axes, qkv, model, physical)
     assert ours.shape == (48, 4, 4, 8)
     for copy, (kv_head, queries) in enumerate([(0, [0, 1]), (0, [2]), (1, [0, 1]), (1, [2])]):
         np.testing.assert_array_equal(ours[:, copy, : len(queries)], qkv[:, kv_head, queries])
         assert not ours[:, copy, len(queries) : 2].any()
         np.testing.assert_array_equal(ours[:, copy, 2:], qkv[:, kv_head, 3:])
     o_proj = np.random.RandomState(1).randn(2, 3, 8, 48)
-    ours = physical_parameter("o_proj", o_proj, model, physical)
+    ours = physical_parameter(declared["o_proj"].axes, o_proj, model, physical)
     np.testing.assert_array_equal(ours[2], o_proj[1, :2])
     np.testing.assert_array_equal(ours[3, 0], o_proj[1, 2])
     assert not ours[3, 1].any()

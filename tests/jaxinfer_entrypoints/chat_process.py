@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from serving.rpc.server import serve
+from serving.rpc.server import ServerOptions, serve
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import FakeEngine, served_model
 
@@ -106,7 +106,12 @@ def server_on(port: int, engine: FakeEngine) -> Iterator[None]:
     """A server on a given port, in a thread."""
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     ready = threading.Event()
-    task = serve(lambda: served_model(engine), port=port, on_ready=lambda _: ready.set(), stop=stop)
+    task = serve(
+        lambda: served_model(engine),
+        ServerOptions(port=port),
+        on_ready=lambda _: ready.set(),
+        stop=stop,
+    )
     thread = threading.Thread(target=lambda: loop.run_until_complete(task))
     thread.start()
     try:

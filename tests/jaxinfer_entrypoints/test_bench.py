@@ -40,6 +40,7 @@ def test_one_output_token_has_no_decode_rate(run: Run) -> None:
     assert figures["inter_token_ms_p50"] is None
 
 
+@pytest.mark.thorough("benchmarks")
 def test_host_times_add_up(run: Run) -> None:
     (figures,) = run("bench", "host", "--num-steps", "8", "--json").lines
     for name in ("synchronous", "asynchronous", "asynchronous, 4 steps a call"):
@@ -50,6 +51,7 @@ def test_host_times_add_up(run: Run) -> None:
         assert times["step_ms"] > 0
 
 
+@pytest.mark.thorough("benchmarks")
 def test_every_arrangement_gives_the_same_tokens(run: Run) -> None:
     """200 greedy and seeded prompts in 6 arrangements, on a tiny model."""
     sizes = ["--num-prompts", "200", "--output-len", "8", "--max-num-seqs", "8", "--json"]
@@ -62,11 +64,12 @@ def test_every_arrangement_gives_the_same_tokens(run: Run) -> None:
     assert arrangements["preempted, few pages"]["preemptions"] > 0
     assert arrangements["again, from the prefix cache"]["cached_tokens"] > 200
     assert arrangements["alone, no prefix cache"]["cached_tokens"] == 0
-    for name in ("guesses from the text", "guesses of the first layers"):
+    for name in ("drafts from the text", "drafts of the first layers"):
         row = arrangements[name]
         assert 0 < row["accepted_tokens"] < row["drafted_tokens"], name
 
 
+@pytest.mark.thorough("benchmarks")
 def test_load_has_a_point_for_each_concurrency(run: Run, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     sizes = ["--concurrency", "1", "3", "--prompt-len", "9", "--output-len", "4", "--json"]

@@ -1,4 +1,4 @@
-"""--draft: who guesses, what is refused, and that nothing else changes."""
+"""--draft: who drafts, what is refused, and that nothing else changes."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def tokens(run: Run, *flags: str) -> tuple[list[int], dict[str, Any]]:
     return line["token_ids"], line["usage"]
 
 
-def test_who_guesses_changes_no_token(run: Run, model_path: Path) -> None:
+def test_who_drafts_changes_no_token(run: Run, model_path: Path) -> None:
     plain, usage = tokens(run)
     assert usage["drafted_tokens"] == 0
     # The model itself, which is always right; held in 8 bits, seldom wrong; one of its two layers.
@@ -67,7 +67,7 @@ def test_who_guesses_changes_no_token(run: Run, model_path: Path) -> None:
     [
         (["--draft", "layers:0"], "layers:N needs a number of layers from 1 on, got 'layers:0'"),
         (["--draft", "layers:x"], "layers:N needs a number of layers from 1 on, got 'layers:x'"),
-        (["--draft", "layers:2"], "a model of 2 layers can guess with its first 1 at most, got 2"),
+        (["--draft", "layers:2"], "a model of 2 layers can draft with its first 1 at most, got 2"),
         (["--draft", "ngram", "--draft-quantize", "int8"], "--draft-quantize needs a draft model"),
         (["--draft-quantize", "int8"], "--draft-quantize needs a draft model: --draft MODEL"),
         (["--draft", "ngrams"], "ngrams"),
@@ -103,8 +103,9 @@ def test_a_draft_of_other_sizes(run: Run, tmp_path: Path) -> None:
     assert usage["drafted_tokens"] > 0
 
 
+@pytest.mark.thorough("benchmarks")
 def test_bench_with_a_draft_model(run: Run, model_path: Path) -> None:
-    """Greedy and seeded, by both rules; the same weights guess, so nearly all is right."""
+    """Greedy and seeded, by both rules; the same weights draft, so nearly all is right."""
     sizes = ["--output-len", "12", "--num-drafts", "2", "--temperature", "0.8", "--json"]
     (figures,) = run("bench", "speculation", "--draft", str(model_path), *sizes).lines
     assert [row["verify"] for row in figures["rows"]] == ["exact"] * 4 + ["rejection"] * 4
@@ -114,6 +115,7 @@ def test_bench_with_a_draft_model(run: Run, model_path: Path) -> None:
     assert figures["pays_up_to"].keys() == {row["text"] for row in figures["rows"]}
 
 
+@pytest.mark.thorough("benchmarks")
 def test_a_step_in_parts_gives_the_same_tokens(run: Run, model_path: Path) -> None:
     sizes = ["--output-len", "12", "--rounds", "1", "--num-drafts", "2", "--json"]
     for who in ("ngram", "layers:1", str(model_path)):

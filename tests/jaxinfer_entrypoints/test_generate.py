@@ -77,11 +77,11 @@ def test_another_attention_gives_the_same_tokens(run: Run) -> None:
     assert error == "error: --attention tpu runs on TPU only, this is cpu"
 
 
-def test_guesses_change_no_token(run: Run) -> None:
+def test_drafts_change_no_token(run: Run) -> None:
     arguments = ["--json", "--max-tokens", "30", "--ignore-eos", "ab ab ab ab ab"]
     (plain,) = run("generate", *arguments).lines
-    (guessed,) = run("generate", "--draft", "ngram", "--num-drafts", "3", *arguments).lines
-    assert guessed["token_ids"] == plain["token_ids"]
+    (drafted,) = run("generate", "--draft", "ngram", "--num-drafts", "3", *arguments).lines
+    assert drafted["token_ids"] == plain["token_ids"]
     error = run("generate", "--draft", "ngram", "--num-drafts", "32", "ab").error
     assert error == "error: num_drafts must be between 1 and 31, got 32"
 
@@ -215,18 +215,20 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     served = served_model(engine)
 
     def load(_options: object, _phases: object, pick_shapes: PickShapes) -> SimpleNamespace:
-        config = served.engine_config
-        spec = SimpleNamespace(config=config, model=served.model)
-        planned = SimpleNamespace(spec=spec, shapes=batch_shapes(config))
+        spec = SimpleNamespace(
+            config=served.engine_config, model=served.model, dtypes=served.dtypes
+        )
+        planned = SimpleNamespace(spec=spec, shapes=batch_shapes(served.engine_config))
         pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer), SamplingParams())
         return SimpleNamespace(
+            name="fake",
             engine=engine,
-            model=served.model,
-            engine_config=served.engine_config,
+            spec=spec,
             tokenizer=served.tokenizer,
+            default_sampling=SamplingParams(),
         )
 
-    monkeypatch.setattr("jaxinfer_entrypoints.generate.load_model", load)
+    monkeypatch.setattr("jaxinfer_entrypoints.llm.load_model", load)
     return engine
 
 
@@ -235,7 +237,7 @@ def planned_engine(config: EngineConfig) -> Engine:
     return cast(Engine, SimpleNamespace(spec=spec, shapes=batch_shapes(config)))
 
 
-def test_programs_for_guesses_are_compiled_too() -> None:
+def test_programs_for_drafts_are_compiled_too() -> None:
     config = EngineConfig(max_num_seqs=16, draft="ngram", num_drafts=7)
     planned = cast(
         Engine, SimpleNamespace(spec=SimpleNamespace(config=config), shapes=batch_shapes(config))

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was"]
 DECISIVE_GAP = 0.02  # nats between the best two tokens; sums are taken in another order
 
+pytestmark = pytest.mark.thorough("tensor parallelism of the default model")
+
 
 def generate(num_devices: int, folder: Path) -> list[dict[str, Any]]:
     """Answers of a process of its own, since devices are made when JAX starts."""

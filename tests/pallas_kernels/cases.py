@@ -107,7 +107,7 @@ class AttentionInputs:
 
 
 def build(case: AttentionCase, seed: int = 0) -> AttentionInputs:
-    """Random arrays for ``case``; pages are permuted, so that no id is guessed right."""
+    """Random arrays for ``case``; pages are permuted, so that no id is drafted right."""
     random = np.random.RandomState(seed)
     lengths = [length + case.decode_rows for length in case.decodes]
     lengths += [start + count for start, count in case.chunks]

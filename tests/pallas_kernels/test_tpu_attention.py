@@ -199,6 +199,7 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[0].replace(" ", "_"))
+@pytest.mark.thorough("faults planted in kernels")
 def test_planted_faults_are_noticed(
     fault: tuple[str, str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxinfer.request import SamplingParams
 from serving.client import AsyncClient
-from serving.rpc.server import serve
+from serving.rpc.server import ServerOptions, serve
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
 
@@ -36,9 +36,7 @@ async def running_server(
     server = asyncio.create_task(
         serve(
             lambda: replace(served_model(*engines), default_sampling=default),
-            port=0,
-            grace_seconds=grace_seconds,
-            max_live_requests=max_live_requests,
+            ServerOptions(port=0, grace_seconds=grace_seconds, max_live_requests=max_live_requests),
             on_ready=ready.set_result,
             stop=stop,
         )

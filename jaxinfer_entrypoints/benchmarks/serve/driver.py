@@ -17,6 +17,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +35,7 @@ from jaxinfer_entrypoints.benchmarks.serve.requests import (
     make_load,
     read_prompts,
 )
-from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine
+from jaxinfer_entrypoints.inputs.prompt_lines import PromptLine
 from serving.client import AsyncClient, Delta, Finished, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
@@ -130,6 +131,7 @@ async def send(
     disable = True if options.quiet else None
     with tqdm(total=len(records), unit="req", file=sys.stderr, disable=disable) as bar:
         started = time.perf_counter()
+        run = Run(client, load, options, salt, started)
 
         async def send_one(number: int) -> None:
             record = records[number]
@@ -140,7 +142,7 @@ async def send(
             async with places:
                 now = time.perf_counter() - started
                 record.start = now if must_wait else record.arrival
-                await request(client, load, options, number, record, salt, started)
+                await request(run, number, record)
             answered.add(number)
             bar.update()
 
@@ -151,29 +153,33 @@ async def send(
         return [records[number] for number in sorted(answered)], duration
 
 
-async def request(
-    client: AsyncClient,
-    load: Load,
-    options: Options,
-    number: int,
-    record: RequestRecord,
-    salt: str,
-    started: float,
-) -> None:
-    """One request; whatever goes wrong with it stands in its record."""
+@dataclass(frozen=True)
+class Run:
+    """One run of a load: its client, ``salt`` of the prefix cache, and when it ``started``."""
+
+    client: AsyncClient
+    load: Load
+    options: Options
+    salt: str
+    started: float
+
+
+async def request(run: Run, number: int, record: RequestRecord) -> None:
+    """Sends one request; whatever goes wrong with it stands in its record."""
+    load, options, started = run.load, run.options, run.started
     max_tokens, end = load.output_lens[number], None
     prompt = load.prompts[number]
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     record.sent = time.perf_counter() - started
     try:
-        async for event in client.generate(
+        async for event in run.client.generate(
             prompt,
             max_tokens=max_tokens,
             ignore_eos=True,
             temperature=options.temperature,
             seed=options.seed + number,
-            cache_salt=salt,
+            cache_salt=run.salt,
             timeout=options.timeout_seconds,
         ):
             now = time.perf_counter() - started

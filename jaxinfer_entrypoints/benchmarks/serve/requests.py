@@ -13,7 +13,7 @@ from jaxinfer_entrypoints.benchmarks.serve.arrivals import (
     random_prompts,
 )
 from jaxinfer_entrypoints.benchmarks.serve.options import Options
-from jaxinfer_entrypoints.command_line.prompt_lines import PromptLine, parse_lines
+from jaxinfer_entrypoints.inputs.prompt_lines import PromptLine, parse_lines
 from serving.client.options import Message, Prompt
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 

@@ -14,7 +14,7 @@ from checkpoints import calibration
 from checkpoints.calibration import Calibration, Method, calibrate
 from checkpoints.parameters import assemble
 from jaxinfer import models
-from jaxinfer.models import parameter_shapes, quantized_weights
+from jaxinfer.models import declared_parameters, quantized_weights
 from jaxinfer.weights import MatrixPath
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
@@ -28,10 +28,8 @@ def parameters_of(case: str) -> tuple[Any, dict[MatrixPath, np.ndarray]]:
     checkpoint = RandomCheckpoint(case)
     model = checkpoint.model
     return model, {
-        path: assemble(
-            path, shape, np.dtype(np.float32), checkpoint.tensor, model.tie_word_embeddings
-        )
-        for path, shape in parameter_shapes(model).items()
+        path: assemble(path, declared, np.dtype(np.float32), checkpoint.tensor)
+        for path, declared in declared_parameters(model).items()
     }
 
 

@@ -12,15 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from checkpoints.checkpoint import Quantization
 from checkpoints.converted import checkpoint as orbax
 from checkpoints.converted.checkpoint import OrbaxCheckpoint
-from checkpoints.converted.convert import convert, provenance
-from checkpoints.converted.quantization import Quantization
+from checkpoints.converted.convert import Rounding, convert, provenance
 from checkpoints.gguf.checkpoint import GGUFCheckpoint
-from checkpoints.held import kept_formats
 from checkpoints.load import load_parameters, open_checkpoint
+from checkpoints.stored import require_stored_formats
 from jaxinfer import models, sharding
-from jaxinfer.config import KEPT, AnyTokenizer, DtypePolicy, TokenizerSpec
+from jaxinfer.config import STORED, AnyTokenizer, DtypePolicy, TokenizerSpec
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import make_mesh
@@ -94,7 +94,7 @@ def test_quantized_matrices_come_back_bit_by_bit(
 ) -> None:
     """And are the same if they are quantized after, from a folder of floats."""
     folder, floats = tmp_path / "converted", tmp_path / "floats"
-    convert(Source(case), folder, np.dtype(np.float32), {}, None, Quantization(name))
+    convert(Source(case), folder, np.dtype(np.float32), {}, None, Rounding(Quantization(name)))
     convert(Source(case), floats, np.dtype(np.float32), {})
     wanted = quantized_over(1, case, None, name)
     assert any(array.dtype in (np.int8, np.uint8) for array in wanted.values())
@@ -115,15 +115,15 @@ def test_the_integers_of_a_file_are_converted(tmp_path: Path) -> None:
     path, folder = tmp_path / "model.gguf", tmp_path / "converted"
     path.write_bytes(llama_bytes(Q4_1))
     source = GGUFCheckpoint(path)
-    quantization = Quantization(KEPT, kept_formats("it", source))
-    convert(source, folder, np.dtype(np.float32), {}, None, quantization)
+    quantization = Quantization(STORED, require_stored_formats("it", source))
+    convert(source, folder, np.dtype(np.float32), {}, None, Rounding(quantization))
     checkpoint = OrbaxCheckpoint(folder)
     assert checkpoint.quantization == quantization
     dtypes = quantization.policy
     _, state = models.abstract(source.model, dtypes)
     abstract = sharding.abstract_parameters(state, make_mesh(jax.devices()[:1]))
     made = quantized_weights(source.model, dtypes)
-    wanted = load_parameters(source, abstract, quantized=made, keeps=True)
+    wanted = load_parameters(source, abstract, quantized=made, stored=True)
     found = load_parameters(checkpoint, abstract, quantized=made)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
@@ -191,7 +191,8 @@ def test_tokenizers_come_back(tmp_path: Path, kind: str) -> None:
         for path, shape in models.parameter_shapes(source.model).items()
     }
     folder = tmp_path / "converted"
-    orbax.write_checkpoint(folder, source.model, spec, SAMPLING, parameters, {})
+    described = orbax.Described(source.model, spec, SAMPLING, {})
+    orbax.write_checkpoint(folder, described, parameters)
     checkpoint = OrbaxCheckpoint(folder)
     assert checkpoint.tokenizer == spec
     assert checkpoint.default_sampling == SAMPLING
@@ -328,7 +329,8 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
         for path, shape in models.parameter_shapes(source.model).items()
     }
     folder = tmp_path / "converted"
-    orbax.write_checkpoint(folder, source.model, TOKENIZER, SAMPLING, parameters, {})
+    described = orbax.Described(source.model, TOKENIZER, SAMPLING, {})
+    orbax.write_checkpoint(folder, described, parameters)
     with pytest.raises(ValueError, match="values that are not finite: a damaged checkpoint"):
         loaded_over(1, "qwen3", folder)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from checkpoints.gguf.blocks import TENSOR_TYPES, TensorType, dequantize_rows
-from checkpoints.gguf.integers import HELD, split_blocks
+from checkpoints.gguf.integers import STORED_TYPES, split_blocks
 
 TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 
@@ -21,9 +21,9 @@ def draw(kind: TensorType) -> np.ndarray:
     return data.reshape(12, -1)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", STORED_TYPES)
 def test_they_stand_for_the_same_numbers(name: str) -> None:
-    kind, form = TYPES[name], HELD[name].form
+    kind, form = TYPES[name], STORED_TYPES[name].form
     data = draw(kind)
     parts, error = split_blocks(data, kind)
     wanted = dequantize_rows(data, kind)
@@ -39,7 +39,7 @@ def test_they_stand_for_the_same_numbers(name: str) -> None:
     found = parts.values * np.repeat(parts.scales.astype(np.float32), form.group, axis=1)
     if parts.minimums is not None:
         found = found + np.repeat(parts.minimums.astype(np.float32), form.group, axis=1)
-    if HELD[name].rounds:
+    if STORED_TYPES[name].rounds:
         assert 0 < error <= 2**-11 * 1.01
         assert np.abs(found - wanted).max() <= 2**-10 * np.abs(wanted).max()
     else:
@@ -47,6 +47,6 @@ def test_they_stand_for_the_same_numbers(name: str) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_every_quantized_type_can_be_kept() -> None:
+def test_every_quantized_type_can_be_stored() -> None:
     floats = {"F32", "F16", "BF16"}
-    assert set(HELD) == set(TYPES) - floats
+    assert set(STORED_TYPES) == set(TYPES) - floats

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from checkpoints.converted.checkpoint import OrbaxCheckpoint
-from checkpoints.converted.convert import convert
+from checkpoints.converted.convert import Rounding, convert
 from checkpoints.converted.quantization import Quantization
-from checkpoints.held import held_formats, kept_formats
 from checkpoints.hugging_face.checkpoint import HuggingFaceCheckpoint
 from checkpoints.load import load_parameters
+from checkpoints.stored import require_stored_formats, stored_formats
 from jaxinfer import models
-from jaxinfer.config import KEPT
+from jaxinfer.config import STORED
 from jaxinfer.engine import Engine
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
@@ -30,12 +30,12 @@ from tests.checkpoints.hugging_face.packed_folder import (
     Matrix,
     write_packed,
 )
-from tests.checkpoints.kept import assert_same, parameters_of, policy
+from tests.checkpoints.stored import assert_same, parameters_of, policy
 from tests.conftest import ManyDevices
 from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
 
-HELD = {
+FORMATS = {
     "awq": GroupedFormat(4, 32, "float32", "float16"),
     "awq symmetric": GroupedFormat(4, 32, None, "float16"),
     "awq, groups of all inputs, bf16": GroupedFormat(4, 32, "float32", "float32"),
@@ -80,7 +80,7 @@ def test_parameters_stand_for_what_was_packed(tmp_path: Path, case: str, kind: s
     assert ("layers", 0, "attention", "qkv") in made
     assert ("lm_head",) not in made
     assert len(made) == 8
-    assert checkpoint.held_format("layers.0.q") == HELD[kind]
+    assert checkpoint.stored_format("layers.0.q") == FORMATS[kind]
     assert_same(parameters_of(checkpoint, CPU_DTYPES), parameters_of(checkpoint, dtypes), made)
 
 
@@ -88,9 +88,9 @@ def test_parameters_stand_for_what_was_packed(tmp_path: Path, case: str, kind: s
 def test_groups_of_inputs_that_are_apart_are_read_as_floats(tmp_path: Path, kind: str) -> None:
     matrices = write_packed(tmp_path, "mistral_window_20", SHUFFLED[kind])
     checkpoint = assert_tensors(tmp_path, "mistral_window_20", matrices)
-    assert held_formats(checkpoint) == ()
+    assert stored_formats(checkpoint) == ()
     with pytest.raises(ValueError, match="holds no matrices of integers"):
-        kept_formats("it", checkpoint)
+        require_stored_formats("it", checkpoint)
 
 
 @pytest.mark.parametrize("kind", [Kind("awq", group=40), Kind("gptq", group=40, symmetric=True)])
@@ -104,30 +104,36 @@ def test_a_last_group_that_is_shorter(tmp_path: Path, kind: Kind) -> None:
     assert_same(parameters_of(checkpoint, CPU_DTYPES), parameters_of(checkpoint, dtypes), made)
 
 
-def tokens_of(path: Path, num_devices: int, keeps: bool) -> list[int]:
+def tokens_of(path: Path, num_devices: int, stored: bool) -> list[int]:
     """Returns what an engine makes of a prompt."""
     checkpoint = HuggingFaceCheckpoint(path)
-    dtypes = policy(checkpoint) if keeps else CPU_DTYPES
+    dtypes = policy(checkpoint) if stored else CPU_DTYPES
     mesh = make_mesh(jax.devices()[:num_devices])
     engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
     made = quantized_weights(checkpoint.model, dtypes, mesh)
     abstract = engine.abstract_parameters
-    engine.start(load_parameters(checkpoint, abstract, None, num_devices, made, keeps))
+    engine.start(load_parameters(checkpoint, abstract, None, num_devices, made, stored))
     return run_all(engine, [Request("a", (3, 5, 7, 4), 24, ignore_eos=True)])["a"]
 
 
 def test_tokens_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     write_packed(tmp_path, "mistral_window_20", AWQ)
-    plain = tokens_of(tmp_path, 1, keeps=False)
+    plain = tokens_of(tmp_path, 1, stored=False)
     assert len(set(plain)) > 3
-    assert tokens_of(tmp_path, 1, keeps=True) == plain
+    assert tokens_of(tmp_path, 1, stored=True) == plain
 
 
 def test_tokens_on_eight_devices(tmp_path: Path, many_devices: ManyDevices) -> None:
     """Heads are repeated here, ends padded, and scales are the outputs' own."""
     write_packed(tmp_path, "qwen3_moe", KINDS["int8"])
-    assert many_devices(tokens_of, tmp_path, 8, True) == tokens_of(tmp_path, 1, keeps=False)
+    assert many_devices(tokens_of, tmp_path, 8, True) == tokens_of(tmp_path, 1, stored=False)
+
+
+def test_scales_of_divided_inputs(tmp_path: Path, many_devices: ManyDevices) -> None:
+    """A dense MLP's inputs are divided in whole groups: scales are not padded beyond theirs."""
+    write_packed(tmp_path, "mistral_window_20", KINDS["int8 in groups"])
+    assert many_devices(tokens_of, tmp_path, 2, True) == tokens_of(tmp_path, 1, stored=False)
 
 
 def test_another_format_is_made_of_the_numbers(tmp_path: Path) -> None:
@@ -150,12 +156,12 @@ def test_integers_are_converted(tmp_path: Path) -> None:
     write_packed(tmp_path / "packed", "phi3", AWQ)
     write_tokenizer(tmp_path / "packed", 97)
     source = HuggingFaceCheckpoint(tmp_path / "packed")
-    quantization = Quantization(KEPT, kept_formats("it", source))
-    convert(source, tmp_path / "converted", np.dtype(np.float32), {}, None, quantization)
+    quantization = Quantization(STORED, require_stored_formats("it", source))
+    convert(source, tmp_path / "converted", np.dtype(np.float32), {}, None, Rounding(quantization))
     checkpoint, dtypes = OrbaxCheckpoint(tmp_path / "converted"), quantization.policy
     _, state = models.abstract(source.model, dtypes)
     abstract = abstract_parameters(state, make_mesh(jax.devices()[:1]))
     made = quantized_weights(source.model, dtypes)
     found = load_parameters(checkpoint, abstract, quantized=made)
-    wanted = load_parameters(source, abstract, quantized=made, keeps=True)
+    wanted = load_parameters(source, abstract, quantized=made, stored=True)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints.held import held_formats
 from checkpoints.hugging_face.checkpoint import HuggingFaceCheckpoint
 from checkpoints.hugging_face.quantization_config import read_packing
+from checkpoints.stored import stored_formats
 from tests.checkpoints.hugging_face.packed_folder import AWQ, GPTQ, KINDS, Kind, write_packed
-from tests.checkpoints.kept import parameters_of, policy
+from tests.checkpoints.stored import parameters_of, policy
 from tests.jaxinfer.tiny import CPU_DTYPES
 
 CASE = "mistral_window_20"
@@ -196,7 +196,7 @@ def test_groups_out_of_range(tmp_path: Path, group: int) -> None:
     with pytest.raises(ValueError, match=r"q_proj.g_idx' has groups outside \[0, 2\]"):
         checkpoint.tensor("layers.0.q")
     with pytest.raises(ValueError, match=r"q_proj.g_idx' has groups outside \[0, 2\]"):
-        held_formats(checkpoint)
+        stored_formats(checkpoint)
 
 
 @pytest.mark.parametrize("kind", [Kind("awq"), Kind("gptq"), Kind("pack-quantized")])
@@ -238,7 +238,7 @@ def test_matrices_of_floats_among_packed_ones(tmp_path: Path) -> None:
     write_packed(tmp_path, CASE, GPTQ, tensors=tensors | extra)
     checkpoint = HuggingFaceCheckpoint(tmp_path)
     np.testing.assert_array_equal(checkpoint.tensor("layers.0.q"), random_matrix)
-    paths = [path for path, _ in held_formats(checkpoint)]
+    paths = [path for path, _ in stored_formats(checkpoint)]
     assert ("layers", 1, "attention", "qkv") in paths
     assert ("layers", 0, "attention", "qkv") not in paths  # not all of it is of integers
     assert ("layers", 0, "attention", "o_proj") in paths
@@ -259,7 +259,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
             checkpoint = HuggingFaceCheckpoint(tmp_path)
             for part in "qkvo":
                 checkpoint.tensor(f"layers.0.{part}")
-            held_formats(checkpoint)
+            stored_formats(checkpoint)
         except ValueError as error:
             messages.append(str(error))
     assert messages

@@ -13,7 +13,7 @@ from checkpoints.hugging_face.packed_files import PackedFiles
 from checkpoints.hugging_face.packed_tensors import (
     AWQ_ORDER,
     PackedMatrix,
-    kept_format,
+    stored_format,
     unpack_words,
 )
 from checkpoints.hugging_face.quantization_config import read_packing
@@ -44,11 +44,11 @@ def test_numbers_are_those_of_the_library(tmp_path: Path, name: str) -> None:
     packing = read_packing({"quantization_config": case["config"]})
     packed = PackedFiles(SafetensorsFiles(tmp_path), packing)
     numbers = decoded(case["numbers"])
-    assert packed.holds("m.weight")
+    assert packed.is_packed("m.weight")
     assert packed.check("m.weight", numbers.shape) == tensors.keys()
     matrix = packed.read("m.weight", numbers.shape, slice(None))
     np.testing.assert_array_equal(matrix.dequantized(), numbers)
-    form = packed.held_format("m.weight", numbers.shape)
+    form = packed.stored_format("m.weight", numbers.shape)
     assert form is not None
     np.testing.assert_array_equal(meant(matrix.integers(form), numbers.shape[1]), numbers)
     some = packed.read("m.weight", numbers.shape, slice(3, 9))
@@ -94,7 +94,7 @@ def test_every_number_of_a_matrix(bits: int, has_zeros: bool, group: int) -> Non
             zero = int(zeros[out, i // group]) if has_zeros else levels // 2
             expected[out, i] = (int(values[out, i]) - zero) * float(scales[out, i // group])
     np.testing.assert_array_equal(matrix.dequantized(), expected)
-    form = kept_format(bits, group, inputs, has_zeros, "float16")
+    form = stored_format(bits, group, inputs, has_zeros, "float16")
     assert form is not None
     parts = matrix.integers(form)
     assert parts.values.dtype == np.int8
@@ -103,16 +103,16 @@ def test_every_number_of_a_matrix(bits: int, has_zeros: bool, group: int) -> Non
 
 
 def test_formats() -> None:
-    assert kept_format(4, 128, 4096, True, "float16") == GroupedFormat(4, 128, "float32")
-    assert kept_format(4, 64, 4096, False, "float32") == GroupedFormat(4, 64, None, "float32")
-    assert kept_format(4, 4096, 4096, False, "float16") == GroupedFormat(4, 128)
-    assert kept_format(4, 11008, 11008, False, "float16") == GroupedFormat(4, 128)
-    assert kept_format(8, 4096, 4096, False, "float32") == Int8Format()
-    assert kept_format(8, 4096, 4096, True, "float32") == GroupedFormat(
+    assert stored_format(4, 128, 4096, True, "float16") == GroupedFormat(4, 128, "float32")
+    assert stored_format(4, 64, 4096, False, "float32") == GroupedFormat(4, 64, None, "float32")
+    assert stored_format(4, 4096, 4096, False, "float16") == GroupedFormat(4, 128)
+    assert stored_format(4, 11008, 11008, False, "float16") == GroupedFormat(4, 128)
+    assert stored_format(8, 4096, 4096, False, "float32") == Int8Format()
+    assert stored_format(8, 4096, 4096, True, "float32") == GroupedFormat(
         8, 128, "float32", "float32"
     )
-    assert kept_format(4, 96, 4096, False, "float16") == GroupedFormat(4, 32)
-    assert kept_format(4, 12, 4096, False, "float16") is None
+    assert stored_format(4, 96, 4096, False, "float16") == GroupedFormat(4, 32)
+    assert stored_format(4, 12, 4096, False, "float16") is None
 
 
 def test_a_stored_zero_point_of_all_ones_is_none(tmp_path: Path) -> None:

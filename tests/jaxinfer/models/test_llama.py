@@ -25,6 +25,7 @@ from jaxinfer.request import Request
 from jaxinfer.schedule import TokenLogprobs
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from serving.text.tokenizer import Tokenizer
+from tests.checkpoints.floats import FloatTensors
 from tests.data.random_llama import draw_weights
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config, tiny_model, tiny_spec
@@ -34,8 +35,8 @@ CASES = json.loads((DATA / "llama_reference.json").read_text())["cases"]
 
 
 @dataclass(frozen=True)
-class RandomLlama:
-    """Weights drawn by name, in the form load_parameters takes."""
+class RandomLlama(FloatTensors):
+    """Weights drawn by name."""
 
     model: ModelConfig
     weights: dict[str, np.ndarray]

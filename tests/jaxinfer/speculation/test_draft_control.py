@@ -26,7 +26,7 @@ def run(
     ("gain", "cost", "pays"),
     [(3, 1.2, True), (1.1, 1.5, False), (1.0, 1.0, True), (None, 9, True)],
 )
-def test_guessing_is_kept_where_it_pays(gain: float | None, cost: float, pays: bool) -> None:
+def test_drafting_is_kept_where_it_pays(gain: float | None, cost: float, pays: bool) -> None:
     chosen = run(DraftControl(CONFIG, lambda _: 1), 1000, gain, cost)
     share = sum(chosen[10:]) / 990
     assert share > 0.98 if pays else share < 0.02
@@ -41,7 +41,7 @@ def test_another_text_is_judged_at_once() -> None:
 
 
 def test_a_bad_beginning_is_forgiven_soon() -> None:
-    """Guesses that fail at a text's start are tried again after few steps, then more seldom."""
+    """Drafts that fail at a text's start are tried again after few steps, then more seldom."""
     control = DraftControl(CONFIG, lambda _: 1)
     run(control, 50, 3, 1.9)
     tries = [i for i, is_draft in enumerate(run(control, 200, 1.5, 1.9)) if is_draft]
@@ -86,7 +86,7 @@ def test_a_step_in_which_a_model_catches_up_is_not_counted() -> None:
     assert sum(chosen[20:]) > 270
 
 
-def test_without_adaptation_guesses_are_always_made() -> None:
+def test_without_adaptation_drafts_are_always_made() -> None:
     control = DraftControl(EngineConfig(draft="ngram", adapt_drafts=False), lambda _: 1)
     assert all(run(control, 50, 1, 9))
     assert DraftControl(EngineConfig(), lambda _: 1).choose([None]) == 0

@@ -1,4 +1,4 @@
-"""A model that guesses: its keys and values, where they lag, and that no token changes."""
+"""A model that drafts: its keys and values, where they lag, and that no token changes."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ SMALL = tiny_model(
 
 
 def few_shapes(engine: Engine) -> list[BatchShape]:
-    """The largest plain program, and of those with guesses the largest without and with tiles."""
+    """The largest plain program, and of those with drafts the largest without and with tiles."""
     plain = [shape for shape in engine.shapes if not shape.num_drafts]
     alone = [shape for shape in engine.shapes if shape.num_drafts and not shape.num_tiles]
     return [plain[-1], alone[-1], engine.shapes[-1]]
@@ -50,7 +50,7 @@ def few_shapes(engine: Engine) -> list[BatchShape]:
 def drafting(
     draft: DraftModel | None, draft_parameters: Any = None, parameters: Any = None, **changes: Any
 ) -> Engine:
-    """An engine that always guesses."""
+    """An engine that always drafts."""
     values = {"num_drafts": NUM_DRAFTS, "adapt_drafts": False} | changes
     values.setdefault("draft", "model" if draft else "layers")
     engine = Engine(tiny_spec(tiny_config(**values), draft=draft))
@@ -62,7 +62,7 @@ def drafting(
 
 
 def itself(**changes: Any) -> Engine:
-    """The target guesses for itself: what is not right is a fault in the draft's pages."""
+    """The target drafts for itself: what is not right is a fault in the draft's pages."""
     model = tiny_model()
     return drafting(DraftModel(model, CPU_DTYPES), random_parameters(model), **changes)
 
@@ -74,12 +74,12 @@ def shared_itself() -> Engine:
 
 
 def smaller(**changes: Any) -> Engine:
-    """Guesses that are right now and then: of 96 tokens, by chance."""
+    """Drafts that are right now and then: of 96 tokens, by chance."""
     return drafting(DraftModel(SMALL, CPU_DTYPES), random_parameters(SMALL, 3), **changes)
 
 
 def every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Only every ``number``-th call of an engine guesses."""
+    """Only every ``number``-th call of an engine drafts."""
     calls = itertools.count(1)
     monkeypatch.setattr(
         DraftControl, "choose", lambda *_: 0 if next(calls) % number else NUM_DRAFTS
@@ -87,7 +87,7 @@ def every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def counted(engine: Engine, requests: list[Request]) -> tuple[dict[str, list[int]], int, int]:
-    """Tokens, and how many were guessed and how many of these rightly."""
+    """Tokens, and how many were drafted and how many of these rightly."""
     before = engine.stats
     outputs, after = run_all(engine, requests), engine.stats
     return (
@@ -97,7 +97,7 @@ def counted(engine: Engine, requests: list[Request]) -> tuple[dict[str, list[int
     )
 
 
-def test_the_target_itself_guesses_rightly_always() -> None:
+def test_the_target_itself_drafts_rightly_always() -> None:
     """Greedy and seeded, whose noise is the target's; prompts in several chunks."""
     for requests in (mixed_requests(), mixed_requests()[3:4]):
         outputs, drafted, accepted = counted(shared_itself(), requests)
@@ -109,7 +109,7 @@ def test_the_target_itself_guesses_rightly_always() -> None:
 def test_what_it_has_not_read_is_caught_up(
     monkeypatch: pytest.MonkeyPatch, prefix_cache: bool
 ) -> None:
-    """In some calls nobody guesses; pages that only the target has computed are found again."""
+    """In some calls nobody drafts; pages that only the target has computed are found again."""
     engine = itself(prefix_cache=prefix_cache, max_num_batched_tokens=32)
     request = random_request("a", 90, 38, seed=5)
     plain = run_all(shared_engine(), [request])["a"]
@@ -125,7 +125,7 @@ def test_what_it_has_not_read_is_caught_up(
 
 @pytest.mark.parametrize("num_drafts", [0, 3])
 def test_pages_are_known_to_have_the_drafts_part_or_not_to(num_drafts: int) -> None:
-    """Prompts are computed by both models; what follows by the draft only where it guesses."""
+    """Prompts are computed by both models; what follows by the draft only where it drafts."""
     config = dataclasses.replace(TIGHT, draft="model", num_drafts=3, adapt_drafts=False)
     scheduler, device = Scheduler(config), FakeDevice(config)
 
@@ -167,7 +167,7 @@ def test_tokens_are_those_of_plain_decoding(changes: dict[str, Any]) -> None:
     assert engine.stats.num_drafted_tokens > engine.stats.num_accepted_tokens
 
 
-def test_all_that_changes_logits_changes_guesses_too() -> None:
+def test_all_that_changes_logits_changes_drafts_too() -> None:
     """A draft with the same numbers is right whatever a request asks for."""
     samplings: list[dict[str, Any]] = [
         {"temperature": 0.7, "top_k": 3, "repetition_penalty": 1.4},
@@ -196,7 +196,7 @@ def test_another_width_of_the_vocabulary() -> None:
         assert engine.stats.num_drafted_tokens > 0
 
 
-def test_the_first_layers_guess_rightly_where_the_others_do_nothing() -> None:
+def test_the_first_layers_draft_rightly_where_the_others_do_nothing() -> None:
     parameters = random_parameters(tiny_model())
     last = parameters["layers"][1]
     silent = parameters | {
@@ -235,7 +235,7 @@ def test_what_cannot_be() -> None:
 
 
 def test_a_step_with_a_draft_model_is_one_program() -> None:
-    """Several guesses of one model and their verification by another, in one executable call."""
+    """Several drafts of one model and their verification by another, in one executable call."""
     engine = shared_itself()
     before = dict(engine.host_seconds)
     request = random_request("a", 20, 33, seed=1)
@@ -250,8 +250,8 @@ def test_a_step_with_a_draft_model_is_one_program() -> None:
     assert "callback" not in text
 
 
-def test_a_sequence_has_as_many_guesses_as_were_right() -> None:
-    """A good guesser is asked for all, a bad one for few and then seldom."""
+def test_a_sequence_has_as_many_drafts_as_were_right() -> None:
+    """A good drafter is asked for all, a bad one for few and then seldom."""
     request = random_request("a", 20, 100, seed=1)
     plain = run_all(shared_engine(), [request])["a"]
     drafted = {}
@@ -263,7 +263,7 @@ def test_a_sequence_has_as_many_guesses_as_were_right() -> None:
             outputs, drafted[name], accepted = counted(engine, [request])
         assert outputs["a"] == plain
         assert (accepted == drafted[name]) == (name == "good")
-    # 99 tokens after the prompt's: 3 of 4 were guessed; or some at first, then one in 16 tokens,
+    # 99 tokens after the prompt's: 3 of 4 were drafted; or some at first, then one in 16 tokens,
     # and as many again because calls run ahead.
     assert drafted["good"] >= 70
     assert drafted["bad"] <= 2 * (3 + 2 + 1 + 99 // 16)

@@ -1,4 +1,4 @@
-"""Speculative sampling: whatever is guessed, tokens are distributed as the target would have them.
+"""Speculative sampling: whatever is drafted, tokens are distributed as the target would have them.
 
 Frequencies are held against probabilities by a G-test (2 * sum of n * log(n / expected), which is
 chi-squared for the right distribution). Noise is a function of the seeds, so nothing is flaky.
@@ -152,10 +152,10 @@ def engine_of(draft: str) -> Engine:
         {"temperature": 1.3, "min_p": 0.2, "logit_bias": ((5, 3.0), (9, 3.5))},
     ],
 )
-def test_a_models_texts_are_distributed_as_without_guesses(
+def test_a_models_texts_are_distributed_as_without_drafts(
     draft: str, sampling: dict[str, Any]
 ) -> None:
-    """Second and third tokens of many seeds, with the target alone and with guesses."""
+    """Second and third tokens of many seeds, with the target alone and with drafts."""
     prompt = (3, 14, 15, 92, 65, 35)
     num_seeds = 400
 
@@ -172,11 +172,11 @@ def test_a_models_texts_are_distributed_as_without_guesses(
         ]
 
     engine = engine_of(draft)
-    guessed = run_all(engine, requests(0))
+    drafted = run_all(engine, requests(0))
     assert engine.stats.num_drafted_tokens > engine.stats.num_accepted_tokens > 0
     plain = run_all(shared_engine(), requests(10_000))
     for number in (1, 2, 3):
-        ours, theirs = (Counter(t[number] for t in run.values()) for run in (guessed, plain))
+        ours, theirs = (Counter(t[number] for t in run.values()) for run in (drafted, plain))
         assert two_samples(ours, theirs) > 1e-3, (number, ours, theirs)
 
 

@@ -1,4 +1,4 @@
-"""Guesses that are verified: who guesses, what is accepted, and that no token changes."""
+"""Drafts that are verified: who drafts, what is accepted, and that no token changes."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def test_what_runs_into_the_end_goes_on_in_circles() -> None:
     assert lookup([3, 3], 4) == [3, 3, 3, 3]
 
 
-def test_nothing_is_guessed_where_nothing_looks_alike() -> None:
+def test_nothing_is_drafted_where_nothing_looks_alike() -> None:
     assert lookup([1, 2, 3], 4) == []
     assert lookup([1], 4) == []
     assert lookup([9], 4) == []
@@ -69,7 +69,7 @@ def test_what_the_model_would_have_chosen_is_accepted() -> None:
     assert accept([1, 2, 3], 3, [1, 2, 3, 4], []) == 4
     assert accept([1, 2, 3], 3, [1, 7, 3, 4], []) == 2
     assert accept([1, 2, 3], 3, [7, 2, 3, 4], []) == 1
-    # Guesses that were not verified are none.
+    # Drafts that were not verified are none.
     assert accept([1, 2, 3], 1, [1, 2, 3, 4], []) == 2
     assert accept([1, 2, 3], 0, [1, 2, 3, 4], []) == 1
 
@@ -82,7 +82,7 @@ def test_nothing_comes_after_an_end() -> None:
 
 
 def drafting(**changes: Any) -> Engine:
-    """Always guessing, for what is measured would decide otherwise now and then.
+    """Always drafting, for what is measured would decide otherwise now and then.
 
     Of the plain programs it has the largest alone.
     """
@@ -101,7 +101,7 @@ def shared_drafting() -> Engine:
 
 
 def repeating(name: str, seed: int, max_tokens: int = 40, **changes: Any) -> Request:
-    """A prompt in which the same comes again, so that much is guessed, and something rightly."""
+    """A prompt in which the same comes again, so that much is drafted, and something rightly."""
     request = random_request(name, 6, max_tokens, seed=seed)
     return dataclasses.replace(request, prompt_token_ids=request.prompt_token_ids * 4, **changes)
 
@@ -150,7 +150,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def test_all_that_changes_logits_counts_guesses_too() -> None:
+def test_all_that_changes_logits_counts_drafts_too() -> None:
     """Penalties, biases, min_tokens, stop tokens and choices, with log-probabilities."""
     requests = []
     for number, fields in enumerate(SAMPLING):
@@ -179,7 +179,7 @@ def test_all_that_changes_logits_counts_guesses_too() -> None:
     assert 0 < engine.stats.num_accepted_tokens < engine.stats.num_drafted_tokens
 
 
-def test_right_guesses_save_steps_and_are_counted() -> None:
+def test_right_drafts_save_steps_and_are_counted() -> None:
     """A bias makes the model say the same token for ever."""
     request = repeating("a", 1)
     sampling = dataclasses.replace(request.sampling, logit_bias=((3, 100.0),))
@@ -195,12 +195,12 @@ def test_right_guesses_save_steps_and_are_counted() -> None:
     assert outputs[-1].finish_reason is FinishReason.LENGTH
     assert outputs[-1].num_drafted_tokens >= outputs[-1].num_accepted_tokens >= 25
     assert engine.stats.num_accepted_tokens - before == outputs[-1].num_accepted_tokens
-    # One for the prompt, a few until a guess is right, then four tokens each.
+    # One for the prompt, a few until a draft is right, then four tokens each.
     assert engine.host_seconds["read"] - num_read <= 1 + 4 + 10
     assert max(len(output.token_ids) for output in outputs) == 4
 
 
-def test_an_end_within_the_guesses_is_the_end() -> None:
+def test_an_end_within_the_drafts_is_the_end() -> None:
     request = repeating("a", 1)
     sampling = dataclasses.replace(request.sampling, logit_bias=((3, 100.0),))
     stopping = dataclasses.replace(
@@ -218,7 +218,7 @@ def test_the_longest_sequence_fits_exactly() -> None:
     assert run_all(engine, [request])["a"] == run_all(shared_engine(), [request])["a"]
 
 
-def test_a_step_with_guesses_is_one_program_and_compiled_before() -> None:
+def test_a_step_with_drafts_is_one_program_and_compiled_before() -> None:
     engine = drafting()
     shapes = [shape for shape in engine.programs if shape.num_drafts]
     assert BatchShape(2, 0, 3) in shapes  # eight rows, as many as a plain step has

@@ -6,6 +6,7 @@ from flax import nnx
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy
+from jaxinfer.declaration import Declaration
 
 PLAIN = DtypePolicy("float32", "float32", "float32")
 
@@ -27,7 +28,7 @@ def holder(
 
     class Holder(nnx.Module):
         def __init__(self) -> None:
-            self.matrix = weights.declare(nnx.Rngs(0), shape, policy, names, inputs)
+            self.matrix = weights.declare(nnx.Rngs(0), policy, Declaration(shape, names, inputs))
 
     with nnx.use_eager_sharding(False):
         module = Holder()

@@ -106,11 +106,11 @@ def test_arrays_say_their_axes() -> None:
         (one,) = found
         return one, weight.values[...].shape
 
-    assert axes((64, 2, 3, 8), (0,), ("embed", "kv_heads", None, None)) == (
+    assert axes((64, 2, 3, 8), (0,), ("embed", "kv_heads", "heads_and_kv", "head_dim")) == (
         ("embed", "kv_heads"),
         (32, 48),
     )
-    assert axes((2, 3, 32, 20), (0, 1, 2), ("kv_heads", None, None, "embed")) == (
+    assert axes((2, 3, 32, 20), (0, 1, 2), ("kv_heads", "heads", "head_dim", "embed")) == (
         ("kv_heads", "embed"),
         (96, 20),
     )
@@ -159,7 +159,7 @@ def test_lookups_and_groups_of_rows(name: str) -> None:
         GroupedFormat(8, 16, "float32"),
     ],
 )
-def test_integers_are_kept(form: GroupedFormat) -> None:
+def test_stored_integers_stay(form: GroupedFormat) -> None:
     shape, inputs = (2, 2, 32, 10), (0, 1, 2)
     low, high = ((0, 16) if form.minimums else (-8, 8)) if form.bits == 4 else (-127, 128)
     groups = (2, 2, 32 // form.group, 10)
@@ -167,7 +167,7 @@ def test_integers_are_kept(form: GroupedFormat) -> None:
     scales = RANDOM.random(groups).astype(np.float16)
     minimums = RANDOM.standard_normal(groups).astype(form.minimums) if form.minimums else None
     weight = with_form(shape, inputs, form)
-    arrays = weight.keep(Integers(values, scales, minimums))
+    arrays = weight.from_stored(Integers(values, scales, minimums))
     found = weight.dequantize({n: jnp.asarray(a) for n, a in arrays.items()})
     in_groups = values.reshape(*groups[:3], form.group, 10).astype(np.float32)
     wanted = in_groups * scales[:, :, :, None].astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.sharding import make_mesh, named_sharding
-from jaxinfer.weights.split import KERNEL_PLATFORMS, split_product
+from jaxinfer.weights.split import KERNEL_PLATFORMS, ProductAxes, split_product
 from pallas_kernels.quantized_matmul import grouped_matmul, int8_matmul
 from tests.conftest import ManyDevices
 from tests.pallas_kernels.matmul_cases import GroupedCase, Int8Case, check
@@ -57,7 +57,9 @@ def divide(case: Any, axes: Any, backend: str) -> tuple[np.ndarray, str]:
 
     def product(rows: jax.Array, arrays: Any) -> jax.Array:
         given = axes_of_arrays(inputs, outputs)
-        return split_product(multiply, rows, arrays, given, inputs, outputs, platforms=("cpu",))
+        return split_product(
+            multiply, rows, arrays, given, ProductAxes(inputs, outputs), platforms=("cpu",)
+        )
 
     placed_rows = jax.device_put(rows, named_sharding(mesh))
     with jax.set_mesh(mesh):
@@ -101,7 +103,7 @@ def test_elsewhere_nothing_changes() -> None:
 
     def split(rows: jax.Array, *rest: jax.Array) -> jax.Array:
         return split_product(
-            multiply, rows, rest, axes_of_arrays(*OUTPUTS_DIVIDED), *OUTPUTS_DIVIDED
+            multiply, rows, rest, axes_of_arrays(*OUTPUTS_DIVIDED), ProductAxes(*OUTPUTS_DIVIDED)
         )
 
     assert KERNEL_PLATFORMS == ("tpu",)
@@ -118,4 +120,4 @@ def test_both_divided_is_refused() -> None:
     )
     rows = jnp.zeros((8, 256))
     with jax.sharding.use_abstract_mesh(devices), pytest.raises(ValueError, match="same devices"):
-        split_product(lambda x: x, rows, [], [], "ffn", ("vocab",), platforms=("cpu",))
+        split_product(lambda x: x, rows, [], [], ProductAxes("ffn", ("vocab",)), platforms=("cpu",))

@@ -44,7 +44,7 @@ def test_eight_devices(many_devices: ManyDevices, model_path: Path) -> None:
     assert cells(table, "layers.0-1.attention.qkv x2") == [
         "64x2x4x16",
         "64x8x3x16",
-        "(embed,kv_heads,-,-)",
+        "(embed,kv_heads,heads_and_kv,head_dim)",
         "(-,tensor,-,-)",
         f"{2 * 64 * 1 * 3 * 16 * 4:,}",
     ]

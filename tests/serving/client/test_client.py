@@ -25,7 +25,7 @@ from serving.client import (
     ServerError,
     Started,
 )
-from serving.rpc.server import serve
+from serving.rpc.server import ServerOptions, serve
 from serving.served_model import ServedModel
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, expected_token_ids, served_model
@@ -45,7 +45,9 @@ def server_in_thread(engine: FakeEngine) -> Iterator[str]:
             found.append((port, asyncio.get_running_loop(), stop))
             ready.set()
 
-        await serve(lambda: served_model(engine), port=0, on_ready=on_ready, stop=stop)
+        await serve(
+            lambda: served_model(engine), ServerOptions(port=0), on_ready=on_ready, stop=stop
+        )
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
@@ -248,7 +250,9 @@ def test_whether_a_server_serves() -> None:
             stop.set()
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(serve(load, port=0, on_listening=on_listening, stop=stop))
+            tasks.create_task(
+                serve(load, ServerOptions(port=0), on_listening=on_listening, stop=stop)
+            )
             assert await asyncio.to_thread(started.wait, 20)
             tasks.create_task(check())
 

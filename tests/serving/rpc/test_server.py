@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving.client import AsyncClient, Finished, ServerError
 from serving.loop import EngineFailedError
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
-from serving.rpc.server import LoadInterruptedError, run_server, serve
+from serving.rpc.server import LoadInterruptedError, ServerOptions, run_server, serve
 from serving.served_model import ServedModel
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
@@ -45,7 +45,7 @@ def test_health_says_not_serving_until_the_model_is_loaded() -> None:
             return served_model(FakeEngine())
 
         server = asyncio.create_task(
-            serve(load, port=0, on_listening=listening.set_result, stop=stop)
+            serve(load, ServerOptions(port=0), on_listening=listening.set_result, stop=stop)
         )
         target = f"127.0.0.1:{await listening}"
         async with grpc.aio.insecure_channel(target) as channel, AsyncClient(target) as client:
@@ -92,7 +92,7 @@ def test_a_failing_load_is_raised() -> None:
         raise FileNotFoundError("no such model")
 
     with pytest.raises(FileNotFoundError, match="no such model"):
-        run(serve(load, port=0, stop=asyncio.Event()))
+        run(serve(load, ServerOptions(port=0), stop=asyncio.Event()))
 
 
 def test_stopping_while_the_model_is_loaded() -> None:
@@ -105,7 +105,7 @@ def test_stopping_while_the_model_is_loaded() -> None:
     async def test() -> None:
         stop = asyncio.Event()
         with pytest.raises(LoadInterruptedError):
-            await serve(load, port=0, on_listening=lambda _: stop.set(), stop=stop)
+            await serve(load, ServerOptions(port=0), on_listening=lambda _: stop.set(), stop=stop)
 
     run(test())
     release.set()
@@ -120,7 +120,7 @@ def test_a_port_in_use_is_one_clear_error() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on port {port} of 127.0.0.1: .* in use"):
-            run(serve(load, port=port, stop=asyncio.Event()))
+            run(serve(load, ServerOptions(port=port), stop=asyncio.Event()))
 
 
 def test_a_second_server_on_the_same_port_is_refused() -> None:
@@ -128,7 +128,11 @@ def test_a_second_server_on_the_same_port_is_refused() -> None:
         async with running_server(FakeEngine()) as (target, _):
             port = int(target.rpartition(":")[2])
             with pytest.raises(OSError, match="in use"):
-                await serve(lambda: served_model(FakeEngine()), port=port, stop=asyncio.Event())
+                await serve(
+                    lambda: served_model(FakeEngine()),
+                    ServerOptions(port=port),
+                    stop=asyncio.Event(),
+                )
 
     run(test())
 
@@ -241,7 +245,9 @@ def test_signals_drain(num_signals: int) -> None:
         client_thread.append(thread)
         thread.start()
 
-    run_server(lambda: served_model(engine), port=0, grace_seconds=20, on_ready=on_ready)
+    run_server(
+        lambda: served_model(engine), ServerOptions(port=0, grace_seconds=20), on_ready=on_ready
+    )
     client_thread[0].join(timeout=HANG_SECONDS)
     assert results == [{1: "length", 2: "abort"}[num_signals]]
     assert engine.stats.num_free_pages == NUM_PAGES

@@ -1,4 +1,4 @@
-"""Checkpoints of integers, kept as they are: the same model, in fewer bytes."""
+"""Stored integers, used as they are: the same model, in fewer bytes."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from checkpoints.gguf.checkpoint import GGUFCheckpoint
-from checkpoints.held import held_formats
 from checkpoints.load import load_parameters
+from checkpoints.stored import stored_formats
 from jaxinfer.engine import Engine
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
@@ -26,7 +26,7 @@ from tests.checkpoints.gguf.tiny_gguf import (
     llama_metadata,
     llama_tensors,
 )
-from tests.checkpoints.kept import assert_same, parameters_of, policy
+from tests.checkpoints.stored import assert_same, parameters_of, policy
 from tests.conftest import ManyDevices
 from tests.data.random_llama import draw_weights
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
@@ -46,8 +46,8 @@ def test_parameters_stand_for_the_numbers_of_the_file(
     made = quantized_weights(checkpoint.model, dtypes)
     assert ("layers", 0, "attention", "qkv") in made
     assert ("lm_head",) in made
-    kept = parameters_of(checkpoint, dtypes)
-    assert_same(parameters_of(checkpoint, CPU_DTYPES), kept, made)
+    stored = parameters_of(checkpoint, dtypes)
+    assert_same(parameters_of(checkpoint, CPU_DTYPES), stored, made)
     assert set(checkpoint.rounding.values()) == {0.0}
 
 
@@ -67,7 +67,7 @@ def test_tensors_of_different_types_share_the_smallest_format_with_room(tmp_path
     path = tmp_path / "model.gguf"
     path.write_bytes(mixed_bytes())
     checkpoint = GGUFCheckpoint(path)
-    forms = dict(held_formats(checkpoint))
+    forms = dict(stored_formats(checkpoint))
     assert forms["layers", 0, "attention", "qkv"] == GroupedFormat(8, 32, "float16")
     assert forms["layers", 1, "mlp", "gate_up"] == GroupedFormat(4, 32, "float16")
     # Heads of 16.
@@ -77,10 +77,10 @@ def test_tensors_of_different_types_share_the_smallest_format_with_room(tmp_path
     assert_same(parameters_of(checkpoint, CPU_DTYPES), parameters_of(checkpoint, dtypes), made)
 
 
-def tokens_of(path: Path, num_devices: int, keeps: bool) -> list[int]:
+def tokens_of(path: Path, num_devices: int, stored: bool) -> list[int]:
     """Returns what an engine makes of a prompt."""
     checkpoint = GGUFCheckpoint(path)
-    dtypes = policy(checkpoint) if keeps else CPU_DTYPES
+    dtypes = policy(checkpoint) if stored else CPU_DTYPES
     mesh = make_mesh(jax.devices()[:num_devices])
     engine = Engine(EngineSpec(checkpoint.model, tiny_config(), dtypes, mesh))
     engine.compile(shapes=engine.shapes[-1:])  # one is enough, and takes less time
@@ -90,7 +90,7 @@ def tokens_of(path: Path, num_devices: int, keeps: bool) -> list[int]:
         engine.abstract_parameters,
         num_devices=num_devices,
         quantized=made,
-        keeps=keeps,
+        stored=stored,
     )
     engine.start(loaded)
     return run_all(engine, [Request("a", (3, 5, 7, 4), 24, ignore_eos=True)])["a"]
@@ -102,8 +102,8 @@ def test_tokens_are_those_of_the_dequantized_model(
     """On one device; and on eight, where heads are repeated and ends padded."""
     path = tmp_path / "model.gguf"
     write_gguf(path, "qwen3_moe", KINDS.Q4_1)
-    plain = tokens_of(path, 1, keeps=False)
-    assert tokens_of(path, 1, keeps=True) == plain
+    plain = tokens_of(path, 1, stored=False)
+    assert tokens_of(path, 1, stored=True) == plain
     assert many_devices(tokens_of, path, 8, True) == plain
 
 
@@ -119,7 +119,7 @@ def test_scales_that_are_not_finite_are_named(tmp_path: Path) -> None:
         parameters_of(checkpoint, policy(checkpoint))
 
 
-def test_floats_are_nothing_to_keep(tmp_path: Path) -> None:
+def test_floats_are_no_stored_integers(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, "mistral_window_20", KINDS.F16)
-    assert held_formats(GGUFCheckpoint(path)) == ()
+    assert stored_formats(GGUFCheckpoint(path)) == ()

@@ -1,0 +1,74 @@
+"""From a message to a request that is known to fit the served model. Knows no gRPC, no threads.
+
+Every function raises ``ValueError`` naming the field, the value and the limit.
+"""
+
+from collections.abc import Callable, Sequence
+
+from jaxinfer.request import Request, SamplingParams
+from serving.proto.jaxinfer.v1 import inference_pb2 as pb
+from serving.rpc.chat_inputs import chat_inputs
+from serving.rpc.validate import (
+    check_generation,
+    check_prompt,
+    is_on,
+    max_tokens_in_effect,
+    sampling_params,
+)
+from serving.served_model import ServedModel, Tokenizer
+
+
+def check_wishes(message: pb.GenerateRequest, served: ServedModel) -> SamplingParams:
+    """Checks what needs no tokens; returns the sampling, its seed drawn where none is given."""
+    check_generation(message, served.name)
+    return sampling_params(message.sampling, served.default_sampling)
+
+
+def prompt_encoder(
+    message: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer
+) -> tuple[Callable[[], Sequence[int]], int]:
+    """Checks a prompt; returns what makes its token ids, and the characters that takes."""
+    parses = message.parse_special_tokens
+    num_characters = check_prompt(message, tokenizer.has_chat_template)
+    match message.WhichOneof("prompt"):
+        case "text":
+            adds = is_on(message, "add_special_tokens")
+            return lambda: tokenizer.encode(message.text, adds, parses), num_characters
+        case "chat":
+            inputs = chat_inputs(message.chat)
+            return (
+                lambda: tokenizer.encode_chat(*inputs, parse_special_tokens=parses),
+                num_characters,
+            )
+        case _:
+            assert isinstance(message, pb.GenerateRequest)
+            token_ids = message.token_ids.ids
+            return lambda: token_ids, 0
+
+
+def admitted_request(
+    message: pb.GenerateRequest,
+    request_id: str,
+    token_ids: Sequence[int],
+    sampling: SamplingParams,
+    served: ServedModel,
+) -> Request:
+    """Makes the request of a message whose prompt is ``token_ids``."""
+    wanted, max_model_len = message.sampling, served.engine_config.max_model_len
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(token_ids),
+        max_tokens=max_tokens_in_effect(wanted, len(token_ids), max_model_len),
+        sampling=sampling,
+        eos_token_ids=served.tokenizer.eos_token_ids,
+        ignore_eos=wanted.ignore_eos,
+        stop_token_ids=tuple(wanted.stop_token_ids),
+        min_tokens=wanted.min_tokens,
+        n=wanted.n if wanted.HasField("n") else 1,
+        logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
+        prompt_logprobs=wanted.prompt_logprobs if wanted.HasField("prompt_logprobs") else None,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+    )
+    request.check_fits(served.model.vocab_size, max_model_len)
+    return request
