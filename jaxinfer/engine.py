@@ -5,38 +5,37 @@ import math
 import os
 import time
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
+from jaxinfer.host_clock import HostClock
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import (
     EngineStats,
     RequestOutput,
     Schedule,
-    ScheduledSequence,
     StepOutput,
 )
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import abstract_parameters
+from jaxinfer.slot_upload import slot_upload
 from jaxinfer.speculation.draft_control import DraftControl
 from jaxinfer.speculation.drafting import TargetAndDraft
 from jaxinfer.step import Parameters
-from jaxinfer.step_state import MAX_BIASES, StepResult, StepState, abstract_state
+from jaxinfer.step_state import StepResult, StepState, abstract_state
 
 Progress = Callable[[int, int], None]
 
@@ -88,8 +87,7 @@ class Engine:
         self._in_flight: deque[_Call] = deque()
         self._parameters: TargetAndDraft | None = None
         self._state: StepState | None = None
-        self._host_seconds: defaultdict[str, float] = defaultdict(float)
-        self._host_cpu_seconds: defaultdict[str, float] = defaultdict(float)
+        self._clock = HostClock()
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -147,15 +145,12 @@ class Engine:
 
         ``schedule``, ``pack``, ``dispatch``, ``wait`` (for the device), ``convert``, ``update``.
         """
-        return dict(self._host_seconds)
+        return dict(self._clock.seconds)
 
     @property
     def host_cpu_seconds(self) -> dict[str, float]:
-        """The same in seconds that the engine's thread had a processor.
-
-        Where the device is the processor, its threads take it from the host's in the meantime.
-        """
-        return dict(self._host_cpu_seconds)
+        """The same in seconds that the engine's thread had a processor."""
+        return dict(self._clock.cpu_seconds)
 
     def compile(
         self, progress: Progress | None = None, shapes: Sequence[BatchShape] | None = None
@@ -201,7 +196,7 @@ class Engine:
                 self.spec.config.max_num_batched_tokens, tiles * self.spec.config.chunk_tile
             ),
         )
-        self._scheduler = Scheduler(limits)
+        self._scheduler.limit(limits)
 
     def start(self, parameters: Parameters, draft_parameters: Parameters | None = None) -> None:
         """Takes the parameters, those of the draft model too, and allocates the device state.
@@ -244,7 +239,7 @@ class Engine:
 
         [] is no sign of the end: see ``has_unfinished``.
         """
-        with self._timed("schedule"):
+        with self._clock.timed("schedule"):
             schedule = self._scheduler.schedule(time.monotonic(), self._drafts.choose)
         if schedule:
             self._in_flight.append(self._dispatch(schedule))
@@ -258,24 +253,26 @@ class Engine:
         """Sends a step to the device."""
         for chunk in schedule.chunks:
             if chunk.is_first:
-                self._fill_slot(chunk)
-        with self._timed("pack"):
+                upload = slot_upload(chunk, self.spec.config)
+                if upload is not None:
+                    self._state = self._set_slot(self._state, *upload)
+        with self._clock.timed("pack"):
             shape = fitting_shape(tuple(self._programs), schedule, self.spec.config.chunk_tile)
             packed, rows = self._packer.pack(schedule, shape)
-        with self._timed("dispatch"):
+        with self._clock.timed("dispatch"):
             self._state, result = self._programs[shape](self._parameters, self._state, packed)
-        self._host_seconds["sent"] += 1
+        self._clock.count("sent")
         return _Call(schedule, result, rows, shape.num_drafts, time.perf_counter())
 
     def _read(self, call: _Call) -> list[RequestOutput]:
         """Waits for a call and hands its tokens to the scheduler."""
-        with self._timed("wait"):
+        with self._clock.timed("wait"):
             call.result.tokens.block_until_ready()
-        self._host_seconds["read"] += 1
-        with self._timed("convert"):
+        self._clock.count("read")
+        with self._clock.timed("convert"):
             output = read_result(call.schedule, call.result, call.rows, call.num_drafts)
         self._note_drafts(call, output)
-        with self._timed("update"):
+        with self._clock.timed("update"):
             return self._scheduler.update(call.schedule, output)
 
     def _note_drafts(self, call: _Call, output: StepOutput) -> None:
@@ -295,40 +292,6 @@ class Engine:
         """Decodes that a step with drafts has room for, of those compiled."""
         rooms = [s.num_decodes for s in self._programs if s.num_drafts and not s.num_tiles]
         return min((room for room in rooms if room >= num_decodes), default=0)
-
-    def _fill_slot(self, chunk: ScheduledSequence) -> None:
-        """Gives the device what a new sequence's chunks do not bring, where something needs it."""
-        sampling = chunk.request.sampling
-        has_penalty = (
-            sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-        )
-        known = chunk.cached_token_ids
-        # A draft that looks into the text, and a model that has to catch up.
-        lags = self.spec.config.draft == "model" and chunk.num_draft_cached < len(known)
-        if not (has_penalty or lags or self.spec.config.draft == "ngram"):
-            known = ()
-        if not known and not sampling.logit_bias:
-            return
-        tokens = np.zeros(self.spec.config.max_model_len, np.int32)
-        tokens[: len(known)] = known
-        bias_ids = np.zeros(MAX_BIASES, np.int32)
-        bias_values = np.zeros(MAX_BIASES, np.float32)
-        for i, (token_id, bias) in enumerate(sampling.logit_bias):
-            bias_ids[i], bias_values[i] = token_id, bias
-        self._state = self._set_slot(
-            self._state, np.int32(chunk.slot), tokens, np.int32(len(known)), bias_ids, bias_values
-        )
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        begun, cpu_begun = time.perf_counter(), time.thread_time()
-        try:
-            yield
-        finally:
-            self._host_cpu_seconds[name] += time.thread_time() - cpu_begun
-            self._host_seconds[name] += time.perf_counter() - begun
 
     def _lower(self, shape: BatchShape | None) -> Any:
         if shape is None:

@@ -84,6 +84,13 @@ class Scheduler:
         # Drafts that are found in the text cost the same however many they are.
         self._adapts = config.adapt_drafts and config.draft in ("model", "layers")
 
+    def limit(self, sizes: EngineConfig) -> None:
+        """Plans no larger steps than ``sizes`` allow. ``RuntimeError`` when requests live."""
+        if self._live:
+            raise RuntimeError("sizes are limited before requests are added")
+        self.config = sizes
+        self._free_slots = list(reversed(range(sizes.max_num_seqs)))
+
     @property
     def has_unfinished(self) -> bool:
         """True while any request waits or runs."""
