@@ -12,7 +12,7 @@ from jaxinfer_entrypoints.loading.draft import draft_kind
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
 from jaxinfer_entrypoints.memory.usage import free_bytes
-from pallas_kernels.ragged_paged_attention import PLATFORMS
+from pallas_kernels.ragged_paged_attention import check_platform
 
 DEFAULT_MAX_MODEL_LEN = 8192
 # On CPU at most this, and at most this part of what the parameters leave free: others work there.
@@ -47,12 +47,8 @@ def engine_config(
     Raises ``ValueError`` for sizes that cannot be, ``DoesNotFitError`` for too little memory.
     """
     device = mesh.devices.flat[0]
-    needed = PLATFORMS.get(options.attention or "", device.platform)
-    if needed != device.platform:
-        raise ValueError(
-            f"--attention {options.attention} runs on {needed.upper()} only, "
-            f"this is {device.device_kind}"
-        )
+    if options.attention is not None:
+        check_platform(options.attention, device.platform, device.device_kind)
     context = model.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > context:
         raise ValueError(
