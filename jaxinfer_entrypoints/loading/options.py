@@ -66,8 +66,6 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
-        if not self.model.strip():
-            raise ValueError(f"model names nothing: {self.model!r}")
         if self.device not in (None, "cpu", "gpu"):
             parse_target(self.device)
         choices = {
