@@ -8,7 +8,6 @@ from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import bytes_per_page, plan_num_pages
 from jaxinfer.sharding import num_tensor_devices
-from jaxinfer_entrypoints.loading.draft import draft_kind
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
 from jaxinfer_entrypoints.memory.usage import free_bytes
@@ -63,7 +62,7 @@ def engine_config(
     if steps is None:
         # A step of a small model on an accelerator takes less time than sending it.
         steps = 1 if device.platform == "cpu" else 4
-    kind, num_draft_layers = draft_kind(options)
+    kind, num_draft_layers = options.drafter
     # Checks the sizes themselves before memory is planned with them.
     config = EngineConfig(
         max_num_seqs=options.max_num_seqs,
