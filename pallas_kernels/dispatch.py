@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+def runs_on(backend: Any, platform: str) -> bool:
+    """Tells if a backend, a module that declares its ``PLATFORMS``, runs on one; None is any."""
+    return backend.PLATFORMS is None or platform in backend.PLATFORMS
+
+
 def dispatch(
     operation: str,
     implementations: Mapping[str, Callable[..., Any]],

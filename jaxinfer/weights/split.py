@@ -4,18 +4,16 @@ The partitioner divides plain operations by itself. Of a kernel it knows nothing
 the weights for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import jax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.sharding import TENSOR, partition_spec
+from pallas_kernels.quantized_matmul import kernel_platforms
 
 Axes = tuple[str | None, ...]
-
-# Where products are kernels.
-KERNEL_PLATFORMS = ("tpu",)
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def split_product(
     axes: Sequence[Axes],
     product: ProductAxes,
     *,
-    platforms: Sequence[str] = KERNEL_PLATFORMS,
+    platforms: Collection[str] | None = None,
 ) -> jax.Array:
     """``multiply(rows, *arrays)`` on each device with its part of ``arrays``: [T, O...].
 
@@ -45,11 +43,13 @@ def split_product(
     integers, the scale of a row is that of the device's part of it, which is not larger.
 
     Calls ``multiply`` as it is where there is one device, within a ``shard_map``, and on platforms
-    that are not of ``platforms``: there the partitioner has plain operations. The mesh is that of
-    the context (``jax.sharding.use_abstract_mesh``, ``jax.set_mesh``).
+    that are not of ``platforms`` (None: those that have kernels): there the partitioner has plain
+    operations. The mesh is that of the context (``jax.sharding.use_abstract_mesh``,
+    ``jax.set_mesh``).
     Raises ``ValueError`` if both inputs and outputs are divided.
     """
     inputs, outputs = product.inputs, product.outputs
+    platforms = kernel_platforms() if platforms is None else platforms
     mesh = jax.sharding.get_abstract_mesh()
     is_whole = TENSOR not in mesh.axis_names or mesh.shape[TENSOR] == 1
     device = mesh.abstract_device

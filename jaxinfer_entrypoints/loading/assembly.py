@@ -31,7 +31,7 @@ from jaxinfer.sharding import (
 )
 from jaxinfer.step import Parameters
 from jaxinfer_entrypoints.loading.devices import pick_devices
-from jaxinfer_entrypoints.loading.draft import check_vocabulary, draft_kind
+from jaxinfer_entrypoints.loading.draft import check_vocabulary
 from jaxinfer_entrypoints.loading.dtypes import describe_rounding, pick_dtypes
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
@@ -195,7 +195,7 @@ def plan_model(options: LoadOptions, phases: Phases, needs_weights: bool = True)
     mesh = make_mesh(devices[:num_tensor])
     dtypes = pick_dtypes(options, checkpoint, devices[0])
     draft, draft_checkpoint = None, None
-    if draft_kind(options)[0] == "model":
+    if options.drafter[0] == "model":
         for_draft = options.of_draft_model
         draft_checkpoint, smaller = _open_model(for_draft.model, phases, needs_weights)
         if checkpoint and draft_checkpoint:

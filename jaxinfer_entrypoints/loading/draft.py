@@ -1,34 +1,9 @@
-"""The drafter that options ask for, and the vocabulary that a draft model must have."""
+"""The vocabulary that a draft model must have."""
 
 import re
 from itertools import zip_longest
-from typing import Literal
 
 from checkpoints.load import Checkpoint
-from jaxinfer_entrypoints.loading.options import LoadOptions
-
-DraftKind = Literal["ngram", "layers", "model"]
-
-
-def draft_kind(options: LoadOptions) -> tuple[DraftKind | None, int]:
-    """Returns who drafts, and with how many of the model's layers where it is those.
-
-    Raises ``ValueError`` for what cannot be.
-    """
-    draft = options.draft
-    if draft is None or draft == "ngram":
-        kind, num_layers = draft, 0
-    elif not draft.strip():
-        raise ValueError("--draft names nobody: ngram, layers:N or a model")
-    elif draft.startswith("layers:"):
-        if not re.fullmatch(r"layers:[1-9]\d{0,3}", draft):
-            raise ValueError(f"--draft layers:N needs a number of layers from 1 on, got {draft!r}")
-        kind, num_layers = "layers", int(draft.removeprefix("layers:"))
-    else:
-        kind, num_layers = "model", 0
-    if options.draft_quantize is not None and kind != "model":
-        raise ValueError("--draft-quantize needs a draft model: --draft MODEL")
-    return kind, num_layers
 
 
 def check_vocabulary(target: Checkpoint, draft: Checkpoint, name: str) -> None:

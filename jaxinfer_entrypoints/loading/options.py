@@ -1,6 +1,7 @@
 """Options of a model that is to be loaded, as one value; their defaults live here."""
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
 from types import NoneType
@@ -9,6 +10,8 @@ from typing import Any, Literal, TypedDict
 from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import KV_DTYPES, EngineConfig
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+
+DraftKind = Literal["ngram", "layers", "model"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("float32", "bfloat16")
@@ -66,8 +69,6 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
-        if not self.model.strip():
-            raise ValueError(f"model names nothing: {self.model!r}")
         if self.device not in (None, "cpu", "gpu"):
             parse_target(self.device)
         choices = {
@@ -93,6 +94,29 @@ class LoadOptions:
     def tpu(self) -> str | None:
         """The name of the TPU that is asked for, None for another device."""
         return None if self.device in (None, "cpu", "gpu") else self.device
+
+    @property
+    def drafter(self) -> tuple[DraftKind | None, int]:
+        """Returns who drafts, and with how many of the model's layers where it is those.
+
+        Raises ``ValueError`` for what cannot be.
+        """
+        draft = self.draft
+        if draft is None or draft == "ngram":
+            kind, num_layers = draft, 0
+        elif not draft.strip():
+            raise ValueError("--draft names nobody: ngram, layers:N or a model")
+        elif draft.startswith("layers:"):
+            if not re.fullmatch(r"layers:[1-9]\d{0,3}", draft):
+                raise ValueError(
+                    f"--draft layers:N needs a number of layers from 1 on, got {draft!r}"
+                )
+            kind, num_layers = "layers", int(draft.removeprefix("layers:"))
+        else:
+            kind, num_layers = "model", 0
+        if self.draft_quantize is not None and kind != "model":
+            raise ValueError("--draft-quantize needs a draft model: --draft MODEL")
+        return kind, num_layers
 
     @property
     def of_draft_model(self) -> "LoadOptions":

@@ -8,11 +8,10 @@ from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import bytes_per_page, plan_num_pages
 from jaxinfer.sharding import num_tensor_devices
-from jaxinfer_entrypoints.loading.draft import draft_kind
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
 from jaxinfer_entrypoints.memory.usage import free_bytes
-from pallas_kernels.ragged_paged_attention import PLATFORMS
+from pallas_kernels.ragged_paged_attention import check_platform
 
 DEFAULT_MAX_MODEL_LEN = 8192
 # On CPU at most this, and at most this part of what the parameters leave free: others work there.
@@ -47,12 +46,8 @@ def engine_config(
     Raises ``ValueError`` for sizes that cannot be, ``DoesNotFitError`` for too little memory.
     """
     device = mesh.devices.flat[0]
-    needed = PLATFORMS.get(options.attention or "", device.platform)
-    if needed != device.platform:
-        raise ValueError(
-            f"--attention {options.attention} runs on {needed.upper()} only, "
-            f"this is {device.device_kind}"
-        )
+    if options.attention is not None:
+        check_platform(options.attention, device.platform, device.device_kind)
     context = model.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > context:
         raise ValueError(
@@ -67,7 +62,7 @@ def engine_config(
     if steps is None:
         # A step of a small model on an accelerator takes less time than sending it.
         steps = 1 if device.platform == "cpu" else 4
-    kind, num_draft_layers = draft_kind(options)
+    kind, num_draft_layers = options.drafter
     # Checks the sizes themselves before memory is planned with them.
     config = EngineConfig(
         max_num_seqs=options.max_num_seqs,

@@ -84,8 +84,8 @@ def float8_matmul(
         raise ValueError(f"rows {inputs.shape[1:]} do not fit a matrix {values.shape}")
     if scales.shape != values.shape[:-1]:
         raise ValueError(f"scales {scales.shape} do not fit a matrix {values.shape}")
-    implementations = {"xla": xla.float8_matmul, "reference": reference.float8_matmul}
-    return dispatch("float8_matmul", implementations, backend, inputs, values, scales)
+    candidates = _candidates("float8_matmul", backend)
+    return dispatch("float8_matmul", candidates, backend, inputs, values, scales)
 
 
 def grouped_matmul(
@@ -128,30 +128,50 @@ def grouped_matmul(
     )
 
 
+def kernel_platforms() -> frozenset[str]:
+    """Returns the platforms that have a backend of their own: products are kernels there."""
+    declared = (module.PLATFORMS for module in IMPLEMENTATIONS.values())
+    return frozenset().union(*(platforms for platforms in declared if platforms is not None))
+
+
 def _candidates(
     operation: str, backend: str | None, **options: Any
 ) -> dict[str, Callable[..., jax.Array]]:
-    """Every backend's ``operation``; with none asked for, the TPU's kernel for TPUs alone."""
+    """Returns every backend's ``operation``; with none asked for, each where it says it runs."""
     candidates: dict[str, Callable[..., jax.Array]] = {
         name: functools.partial(getattr(module, operation), **options)
         for name, module in IMPLEMENTATIONS.items()
+        if hasattr(module, operation)
     }
-    if backend is None:
-        candidates["tpu"] = functools.partial(_on_tpu, candidates["tpu"], candidates["xla"])
-    return candidates
+    if backend is not None:
+        return candidates
+    # From the last one on: elsewhere than it says, a backend leaves the case to those behind it.
+    found: dict[str, Callable[..., jax.Array]] = {}
+    for name, candidate in reversed(candidates.items()):
+        platforms = IMPLEMENTATIONS[name].PLATFORMS
+        if platforms is not None:
+            elsewhere = functools.partial(dispatch, operation, found, None)
+            candidate = functools.partial(_where_it_runs, platforms, candidate, elsewhere)
+        found = {name: candidate} | found
+    return found
 
 
-def _on_tpu(
-    kernel: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array], *arrays: Any
+def _where_it_runs(
+    platforms: frozenset[str],
+    kernel: Callable[..., jax.Array],
+    elsewhere: Callable[..., jax.Array],
+    *arrays: Any,
 ) -> jax.Array:
-    """``kernel`` where the program is lowered for TPUs, else ``elsewhere``.
+    """``kernel`` where the program is lowered for one of ``platforms``, else ``elsewhere``.
 
     A mesh says for what is traced. Without one both are traced, and one of them is lowered.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
-    if device is not None and device.platform != "tpu":
+    if device is not None and device.platform not in platforms:
         raise NotImplementedError(f"the devices are {device.platform}")
     if any(mesh.shape[name] > 1 for name in set(mesh.axis_names) - set(mesh.manual_axes)):
         raise NotImplementedError("XLA cannot divide a kernel over devices: use shard_map")
-    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=elsewhere)
+    return jax.lax.platform_dependent(
+        *arrays, default=elsewhere, **dict.fromkeys(sorted(platforms), kernel)
+    )

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul.nibbles import unpack_nibbles
 
+# It runs anywhere.
+PLATFORMS: frozenset[str] | None = None
+
 
 def int8_matmul(
     inputs: jax.Array,

@@ -16,6 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.quantized_matmul import tpu_blocks, tpu_grouped, tpu_int8
 from pallas_kernels.quantized_matmul.tpu_blocks import NUM_LANES, SUBLANES
 
+# Where this backend runs.
+PLATFORMS: frozenset[str] | None = frozenset({"tpu"})
+
 TILE_ROWS = tpu_int8.TILE_ROWS
 BFLOAT16_GENERATION = 6
 

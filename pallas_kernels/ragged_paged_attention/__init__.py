@@ -13,18 +13,17 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, runs_on
 from pallas_kernels.ragged_paged_attention import reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.tiles import KVPages, QueryTiles, RaggedBatch
 
-__all__ = ["IMPLEMENTATIONS", "PLATFORMS", "KVPages", "QueryTiles", "RaggedBatch"]
-__all__ += ["abstract_kv_pages", "ragged_paged_attention"]
+__all__ = ["IMPLEMENTATIONS", "KVPages", "QueryTiles", "RaggedBatch"]
+__all__ += ["abstract_kv_pages", "check_platform", "ragged_paged_attention"]
 
 # The first that does not decline is taken; `reference` is the definition, never the fast path.
-# A backend is a module with `abstract_kv_pages`, `from_logical`, `to_logical` and the operation.
+# A backend is a module with `PLATFORMS`, `abstract_kv_pages`, `from_logical`, `to_logical` and the
+# operation.
 IMPLEMENTATIONS: Mapping[str, Any] = {"tpu": tpu, "xla": xla, "reference": reference}
-# Backends that are for one platform only.
-PLATFORMS: Mapping[str, str] = {"tpu": "tpu"}
 
 
 def abstract_kv_pages(
@@ -46,16 +45,29 @@ def abstract_kv_pages(
     """
 
     def declines(name: str) -> None:
-        raise NotImplementedError(f"runs on {PLATFORMS[name]} only")
+        raise NotImplementedError(f"runs on {_platforms(name)} only")
 
     makers = {
         name: module.abstract_kv_pages
-        if name == backend or PLATFORMS.get(name, platform) == platform
+        if name == backend or runs_on(module, platform)
         else lambda *_, name=name: declines(name)
         for name, module in IMPLEMENTATIONS.items()
     }
     shape = (num_pages, page_size, num_kv_heads, head_dim)
     return dispatch("KV pages", makers, backend, *shape, dtype, device_kind)
+
+
+def check_platform(backend: str, platform: str, device_kind: str) -> None:
+    """Raises ``ValueError`` where a backend of this name does not run on a platform."""
+    if backend in IMPLEMENTATIONS and not runs_on(IMPLEMENTATIONS[backend], platform):
+        raise ValueError(
+            f"--attention {backend} runs on {_platforms(backend).upper()} only, "
+            f"this is {device_kind}"
+        )
+
+
+def _platforms(backend: str) -> str:
+    return " and ".join(sorted(IMPLEMENTATIONS[backend].PLATFORMS or ()))
 
 
 def ragged_paged_attention(

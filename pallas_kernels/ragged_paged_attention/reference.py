@@ -12,6 +12,9 @@ from pallas_kernels.ragged_paged_attention.quantized_rows import (
 )
 from pallas_kernels.ragged_paged_attention.tiles import RaggedBatch, check_kv_pages
 
+# It runs anywhere.
+PLATFORMS: frozenset[str] | None = None
+
 
 class LogicalKVPages(NamedTuple):
     """A layer's pages as one thinks of them: keys and values [pages, G, page_size, D].

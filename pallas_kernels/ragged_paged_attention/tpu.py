@@ -32,6 +32,9 @@ from pallas_kernels.ragged_paged_attention.tpu_kernel import attend_tile
 from pallas_kernels.ragged_paged_attention.tpu_tile import Scratch, TileShape
 from pallas_kernels.tuning import tuned_sizes
 
+# Where this backend runs.
+PLATFORMS: frozenset[str] | None = frozenset({"tpu"})
+
 __all__ = ["abstract_kv_pages", "from_logical", "ragged_paged_attention", "to_logical"]
 
 MAX_SCALAR_BYTES = 768 * 1024  # of 1 MB of scalar memory, which the compiler uses too

@@ -21,6 +21,9 @@ from pallas_kernels.ragged_paged_attention.quantized_rows import (
 )
 from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch, check_kv_pages
 
+# It runs anywhere.
+PLATFORMS: frozenset[str] | None = None
+
 KV_BLOCK_TOKENS = 128
 MASKED = -1e30  # finite: (-inf) - (-inf) would be NaN in a row that has seen no key yet
 

@@ -200,7 +200,7 @@ def test_a_closed_model_has_given_its_memory_back(model_path: Path) -> None:
         ({"kv_memory": 0}, ValueError, "kv_memory must be between 1 and"),
         ({"data_parallel": 2}, ValueError, "data_parallel must be 1 for LLM, got 2"),
         ({"compile_only": True}, ValueError, "compile_only loads nothing"),
-        ({"model": ""}, ValueError, "model names nothing"),
+        ({"model": ""}, ValueError, "model '' is neither a file or folder nor a known name"),
         ({"model": "/nowhere.gguf"}, ValueError, "/nowhere.gguf"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be between 1 and 1024, got 0"),
     ],

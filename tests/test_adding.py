@@ -1,0 +1,112 @@
+"""What is to be added is one module and one entry of a table; each is added here and used."""
+
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer import models
+from jaxinfer.engine import Engine
+from jaxinfer.models import llama
+from pallas_kernels import quantized_matmul, ragged_paged_attention
+from pallas_kernels.quantized_matmul import xla as matmul_xla
+from pallas_kernels.ragged_paged_attention import reference
+from tests.jaxinfer.tiny import (
+    random_parameters,
+    random_request,
+    run_all,
+    tiny_config,
+    tiny_model,
+    tiny_spec,
+)
+
+REQUESTS = [random_request("a", 30, 6, seed=1), random_request("b", 5, 6, seed=2)]
+
+
+def tokens(attention: str | None = None, architecture: str = "llama") -> Any:
+    """Runs ``REQUESTS`` on an engine of random weights."""
+    model = tiny_model(architecture=architecture)
+    engine = Engine(tiny_spec(tiny_config(attention=attention), model))
+    engine.compile(shapes=engine.shapes[-1:])
+    engine.start(jax.device_put(random_parameters(tiny_model())))
+    return run_all(engine, REQUESTS)
+
+
+class OwnPages(NamedTuple):
+    """Pages of a form that no other backend has."""
+
+    inner: reference.LogicalKVPages
+
+
+def attention_backend(calls: list[int]) -> ModuleType:
+    """The one file: a backend that keeps the reference's pages in a form of its own."""
+    module: Any = ModuleType("own")
+    module.PLATFORMS = None
+    module.abstract_kv_pages = lambda *sizes: OwnPages(reference.abstract_kv_pages(*sizes))
+
+    def attend(queries: Any, keys: Any, values: Any, kv_pages: Any, batch: Any, **rest: Any) -> Any:
+        if not isinstance(kv_pages, OwnPages):
+            raise NotImplementedError("pages of another backend")
+        calls.append(len(queries))
+        outputs, inner = reference.ragged_paged_attention(
+            queries, keys, values, kv_pages.inner, batch, **rest
+        )
+        return outputs, OwnPages(inner)
+
+    module.ragged_paged_attention = attend
+    return module
+
+
+def test_an_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, calls = tokens("reference"), list[int]()
+    table = cast(dict[str, Any], ragged_paged_attention.IMPLEMENTATIONS)
+    monkeypatch.setitem(table, "own", attention_backend(calls))  # the one line
+    assert tokens("own") == expected
+    assert calls
+
+
+def test_a_matmul_backend_for_one_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("own")
+    calls = list[int]()
+    module.PLATFORMS = frozenset({"cpu"})
+
+    def multiply(inputs: Any, values: Any, scales: Any, **options: Any) -> Any:
+        calls.append(len(inputs))
+        return 2 * matmul_xla.int8_matmul(inputs, values, scales, **options)
+
+    module.int8_matmul = multiply
+    random = np.random.default_rng(0)
+    inputs = jnp.asarray(random.normal(size=(8, 32)), jnp.float32)
+    values = jnp.asarray(random.integers(-127, 128, (16, 32)), jnp.int8)
+    scales = jnp.ones(16, jnp.float32)
+
+    def product(inputs: jax.Array) -> jax.Array:
+        return quantized_matmul.int8_matmul(inputs, values, scales, activation_bits=16)
+
+    expected = product(inputs)
+    table = {
+        "own": module,
+        **quantized_matmul.IMPLEMENTATIONS,
+    }  # the one line, the first to be asked
+    monkeypatch.setattr(quantized_matmul, "IMPLEMENTATIONS", table)
+    np.testing.assert_array_equal(jax.jit(product)(inputs), 2 * expected)
+    assert calls
+    assert "cpu" in quantized_matmul.kernel_platforms()
+    # Elsewhere than it says, it is not in the program.
+    of_tpu = jax.jit(product).trace(inputs).lower(lowering_platforms=("tpu",)).as_text()
+    monkeypatch.undo()
+    assert of_tpu == jax.jit(product).trace(inputs).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_model_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokens()
+    module: Any = ModuleType("jaxinfer.models.own")
+    module.FAMILY = llama.FAMILY
+    monkeypatch.setitem(sys.modules, "jaxinfer.models.own", module)  # the one file
+    table = cast(dict[str, str], models.ARCHITECTURES)
+    monkeypatch.setitem(table, "own", "own")  # the one line
+    assert tokens(architecture="own") == expected
