@@ -32,6 +32,14 @@ ELSEWHERE = {
         "tests/jaxinfer_entrypoints/test_bench.py",
         'run("bench", "invariance"',
     ),
+    r".*evaluate(?:\.py)? .*--formats .*": (
+        "tests/jaxinfer_entrypoints/test_evaluate.py",
+        '*flags, "--formats", *formats)',
+    ),
+    r".*bench(?:\.py)? offline\b.*": (
+        "tests/jaxinfer_entrypoints/test_bench.py",
+        'run("bench", "offline"',
+    ),
     r".*bench(?:\.py)? load\b.*": (
         "tests/jaxinfer_entrypoints/test_bench.py",
         'run("bench", "load"',
