@@ -1,4 +1,4 @@
-"""What is to be added is one module and one entry of a table; each is added here and used."""
+"""Additions are one module and one entry of a table: each is added here, and used."""
 
 import sys
 from types import ModuleType
