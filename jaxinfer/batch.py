@@ -106,9 +106,9 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     decodes = [8] if most == 8 else [8, most]
     counts = (0, *config.tile_counts)
     plain = [BatchShape(rows, count) for rows in decodes for count in counts]
-    if config.draft is None:
+    num_drafts = config.most_drafts
+    if not num_drafts:
         return tuple(plain)
-    num_drafts = config.num_drafts
     fewest = -(-8 // (num_drafts + 1))
     most = max(fewest, min(config.max_draft_seqs, config.max_num_seqs))
     fewer = sorted({rows for rows in (fewest, most // 2) if fewest <= rows < most})
@@ -236,7 +236,7 @@ class Packer:
             "num_logprobs": -1 if request.logprobs is None else request.logprobs,
             "ending_ids": ending + (-1,) * (MAX_ENDING_TOKENS - len(ending)),
             "cached_lens": len(sequence.cached_token_ids),
-            "draft_cached_lens": sequence.num_draft_cached,
+            "draft_cached_lens": sequence.num_drafter_kv_tokens,
         }
         for name, value in values.items():
             self._slots[name][sequence.slot] = value

@@ -6,6 +6,8 @@ Field names are those of a Hugging Face ``config.json`` where one exists.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from jaxinfer.drafters import NOBODY, DrafterTraits, drafter_traits
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -276,8 +278,8 @@ class EngineConfig:
     request's tokens do not depend on its neighbours, for which XLA's fastest kernels are left out.
     ``attention``: name of the backend, instead of the first that takes the case.
 
-    ``draft``: who drafts tokens that the model then verifies, None for nobody: the text (ngram),
-    the model's first ``num_draft_layers`` (layers), or a model of its own (model). At most
+    ``draft``: who drafts tokens that the model then verifies, a name in ``jaxinfer.drafters``, None
+    for nobody; ``num_draft_layers`` goes with those that are the model's first layers. At most
     ``num_drafts`` of a sequence in a step, and of at most ``max_draft_seqs`` sequences at once.
     ``adapt_drafts``: where drafts are measured not to pay, steps are plain. ``verify``: a draft is
     accepted if it is the model's own choice with the position's noise (exact, the tokens of plain
@@ -296,7 +298,7 @@ class EngineConfig:
     steps_ahead: int = 1
     batch_invariant: bool = True
     attention: str | None = None
-    draft: Literal["ngram", "layers", "model"] | None = None
+    draft: str | None = None
     num_draft_layers: int = 0
     num_drafts: int = 7
     max_draft_seqs: int = 8
@@ -327,7 +329,7 @@ class EngineConfig:
                 f"max_num_batched_tokens must be a multiple of {self.chunk_tile} (chunk_tile), "
                 f"got {self.max_num_batched_tokens}"
             )
-        if (self.draft == "layers") != (self.num_draft_layers > 0):
+        if self.drafter.takes_layers != (self.num_draft_layers > 0):
             raise ValueError(
                 f"num_draft_layers must be 1 or more with draft=layers and 0 without, "
                 f"got {self.num_draft_layers} with draft={self.draft}"
@@ -340,6 +342,16 @@ class EngineConfig:
                 f"the KV cache holds {self.num_pages * self.page_size} tokens, fewer than "
                 f"max_model_len ({self.max_model_len}): raise --kv-memory or lower --max-model-len"
             )
+
+    @property
+    def drafter(self) -> DrafterTraits:
+        """Returns the traits of the drafter; all else asks them, and never the name."""
+        return drafter_traits(self.draft)
+
+    @property
+    def most_drafts(self) -> int:
+        """Returns how many drafts of a sequence a step may verify, 0 where nobody drafts."""
+        return 0 if self.drafter is NOBODY else self.num_drafts
 
     @property
     def tile_counts(self) -> tuple[int, ...]:

@@ -23,17 +23,12 @@ from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.host_clock import HostClock
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
-from jaxinfer.schedule import (
-    EngineStats,
-    RequestOutput,
-    Schedule,
-    StepOutput,
-)
+from jaxinfer.schedule import EngineStats, RequestOutput, Schedule
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import abstract_parameters
-from jaxinfer.slot_upload import slot_upload
-from jaxinfer.speculation.draft_control import DraftControl
-from jaxinfer.speculation.drafting import TargetAndDraft
+from jaxinfer.slot_upload import lower_set_slot, slot_upload
+from jaxinfer.speculation.draft_policy import DraftPolicy
+from jaxinfer.speculation.drafter import TargetAndDraft
 from jaxinfer.step import Parameters
 from jaxinfer.step_state import StepResult, StepState, abstract_state
 
@@ -80,8 +75,8 @@ class Engine:
         self.shapes = batch_shapes(config)
         self._programs: dict[BatchShape, Any] = {}
         self._set_slot: Any = None
-        self._scheduler = Scheduler(config)
-        self._drafts = DraftControl(config, self._room)
+        self._draft_policy = DraftPolicy(config)
+        self._scheduler = Scheduler(config, self._draft_policy)
         self._read_seconds = 0.0
         self._packer = Packer(config)
         self._in_flight: deque[_Call] = deque()
@@ -197,6 +192,8 @@ class Engine:
             ),
         )
         self._scheduler.limit(limits)
+        with_drafts = (shape for shape in shapes if shape.num_drafts and not shape.num_tiles)
+        self._draft_policy.limit({shape.num_decodes for shape in with_drafts})
 
     def start(self, parameters: Parameters, draft_parameters: Parameters | None = None) -> None:
         """Takes the parameters, those of the draft model too, and allocates the device state.
@@ -240,7 +237,7 @@ class Engine:
         [] is no sign of the end: see ``has_unfinished``.
         """
         with self._clock.timed("schedule"):
-            schedule = self._scheduler.schedule(time.monotonic(), self._drafts.choose)
+            schedule = self._scheduler.schedule(time.monotonic())
         if schedule:
             self._in_flight.append(self._dispatch(schedule))
             if len(self._in_flight) <= self.spec.config.steps_ahead:
@@ -271,33 +268,22 @@ class Engine:
         self._clock.count("read")
         with self._clock.timed("convert"):
             output = read_result(call.schedule, call.result, call.rows, call.num_drafts)
-        self._note_drafts(call, output)
+        has_drafts, seconds = call.num_drafts > 0, self._device_seconds(call)
+        self._draft_policy.note_call(call.schedule, output, has_drafts, seconds)
         with self._clock.timed("update"):
             return self._scheduler.update(call.schedule, output)
 
-    def _note_drafts(self, call: _Call, output: StepOutput) -> None:
-        """Notes how long the device took for steps of decodes alone."""
+    def _device_seconds(self, call: _Call) -> float:
+        """Returns how long the device took for a call that has just been read."""
         now = time.perf_counter()
         # The device began when the call came, or when it had done the one before.
         seconds = now - max(call.sent_seconds, self._read_seconds)
         self._read_seconds = now
-        schedule = call.schedule
-        if self.spec.config.draft is None or schedule.chunks or not schedule.decodes:
-            return
-        if any(sequence.token_ids for sequence in output.sequences):
-            has_drafts = call.num_drafts > 0
-            self._drafts.note(len(schedule.decodes), has_drafts, seconds / schedule.num_steps)
-
-    def _room(self, num_decodes: int) -> int:
-        """Decodes that a step with drafts has room for, of those compiled."""
-        rooms = [s.num_decodes for s in self._programs if s.num_drafts and not s.num_tiles]
-        return min((room for room in rooms if room >= num_decodes), default=0)
+        return seconds
 
     def _lower(self, shape: BatchShape | None) -> Any:
         if shape is None:
-            return step_program.lower_set_slot(
-                self.spec.config, self._abstract_state, self.spec.mesh
-            )
+            return lower_set_slot(self.spec.config, self._abstract_state, self.spec.mesh)
         return step_program.lower(
             self.graphs,
             self.spec.config,

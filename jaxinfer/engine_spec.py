@@ -22,7 +22,7 @@ class EngineSpec:
     draft: DraftModel | None = None
 
     def __post_init__(self) -> None:
-        if (self.config.draft == "model") != (self.draft is not None):
+        if self.config.drafter.needs_model != (self.draft is not None):
             raise ValueError(
                 f"config.draft is {self.config.draft} and draft is {self.draft}: one is missing"
             )

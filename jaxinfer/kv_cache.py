@@ -27,8 +27,7 @@ def page_bytes(
 
     Keys and values, copies of kv heads and what fills up lanes too.
     """
-    pages = jax.tree.leaves(abstract_kv_pages(model, 1, page_size, dtype, mesh, attention))
-    return sum(array.size * array.dtype.itemsize for array in pages)
+    return _num_bytes(abstract_kv_pages(model, 1, page_size, dtype, mesh, attention))
 
 
 def abstract_kv_pages(
@@ -63,16 +62,20 @@ def abstract_kv_pages(
     return (layer,) * model.num_hidden_layers
 
 
+def abstract_drafter_pages(spec: EngineSpec, num_pages: int) -> tuple[KVPages, ...]:
+    """Returns shapes and shardings of the pages that the drafter has of its own, () for none."""
+    if spec.draft is None or not spec.config.drafter.has_pages:
+        return ()
+    model, dtype = spec.draft.model, spec.draft.dtypes.kv_cache
+    page_size, attention = spec.config.page_size, spec.config.attention
+    return abstract_kv_pages(model, num_pages, page_size, dtype, spec.mesh, attention)
+
+
 def bytes_per_page(spec: EngineSpec) -> int:
-    """Returns the bytes of one page over all layers and devices, a draft model's part too."""
-    config, mesh = spec.config, spec.mesh
-    models = [(spec.model, spec.dtypes)]
-    if spec.draft:
-        models.append((spec.draft.model, spec.draft.dtypes))
-    return sum(
-        page_bytes(model, config.page_size, dtypes.kv_cache, mesh, config.attention)
-        for model, dtypes in models
-    )
+    """Returns the bytes of one page over all layers and devices, the drafter's part too."""
+    config, dtype = spec.config, spec.dtypes.kv_cache
+    target = page_bytes(spec.model, config.page_size, dtype, spec.mesh, config.attention)
+    return target + _num_bytes(abstract_drafter_pages(spec, 1))
 
 
 def plan_num_pages(spec: EngineSpec, memory_bytes: int) -> int:
@@ -85,3 +88,7 @@ def plan_num_pages(spec: EngineSpec, memory_bytes: int) -> int:
     fitting = memory_bytes // bytes_per_page(spec)
     most = config.max_num_seqs * config.max_pages_per_sequence
     return min(fitting, MAX_PAGES if config.prefix_cache else most)
+
+
+def _num_bytes(pages: tuple[KVPages, ...]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(pages))

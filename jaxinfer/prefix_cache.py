@@ -24,8 +24,8 @@ class PrefixCache:
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._page_of_digest: dict[bytes, int] = {}
-        # Of those, which have keys and values of a draft model too.
-        self._drafted: set[int] = set()
+        # Of those, which have keys and values of the drafter too.
+        self._with_drafter: set[int] = set()
         # Digest and tokens as bytes, which the garbage collector need not walk through.
         self._content_of_page: dict[int, tuple[bytes, bytes]] = {}
 
@@ -61,16 +61,18 @@ class PrefixCache:
                 self._content_of_page[page_id] = content
         sequence.num_registered_pages = num_pages
 
-    def note_drafted(self, sequence: Sequence) -> None:
-        """Marks pages for which the draft model's keys and values are known to be there."""
-        num_pages = min(sequence.num_draft_tokens // self._page_size, sequence.num_registered_pages)
-        new = sequence.page_ids[sequence.num_drafted_pages : num_pages]
-        self._drafted.update(page_id for page_id in new if page_id in self._content_of_page)
-        sequence.num_drafted_pages = max(sequence.num_drafted_pages, num_pages)
+    def note_drafter_kv_pages(self, sequence: Sequence) -> None:
+        """Marks pages for which the drafter's keys and values are known to be there."""
+        num_pages = min(
+            sequence.num_drafter_kv_tokens // self._page_size, sequence.num_registered_pages
+        )
+        new = sequence.page_ids[sequence.num_drafter_kv_pages : num_pages]
+        self._with_drafter.update(page_id for page_id in new if page_id in self._content_of_page)
+        sequence.num_drafter_kv_pages = max(sequence.num_drafter_kv_pages, num_pages)
 
-    def num_drafted(self, page_ids: Iterable[int]) -> int:
-        """Counts the pages, from the first on, that have the draft model's keys and values."""
-        return sum(1 for _ in takewhile(self._drafted.__contains__, page_ids))
+    def num_drafter_kv_pages(self, page_ids: Iterable[int]) -> int:
+        """Counts the pages, from the first on, that have the drafter's keys and values."""
+        return sum(1 for _ in takewhile(self._with_drafter.__contains__, page_ids))
 
     def forget(self, page_ids: Iterable[int]) -> None:
         """Pages that are about to be overwritten, findable or not."""
@@ -78,13 +80,13 @@ class PrefixCache:
             content = self._content_of_page.pop(page_id, None)
             if content is not None:
                 del self._page_of_digest[content[0]]
-                self._drafted.discard(page_id)
+                self._with_drafter.discard(page_id)
 
     def check_integrity(self) -> None:
         """Asserts that both directions agree. For tests and idle times."""
         pages = {content[0]: page_id for page_id, content in self._content_of_page.items()}
         assert pages == self._page_of_digest
-        assert self._drafted <= self._content_of_page.keys()
+        assert self._with_drafter <= self._content_of_page.keys()
 
     def _contents(
         self, sequence: Sequence, first: int, num_tokens: int

@@ -54,7 +54,7 @@ def read_result(
         if draft_lens:
             # Of decodes, then of tiles, of which a chunk's last one counts.
             at = number if is_decode else len(num_drafted) + row - num_decode_rows
-            output = replace(output, num_draft_tokens=draft_lens[at])
+            output = replace(output, num_drafter_kv_tokens=draft_lens[at])
         outputs.append(output)
     if any(_is_scored(chunk) for chunk in schedule.chunks):
         scores = jax.tree.map(np.asarray, result.prompt_logprobs)

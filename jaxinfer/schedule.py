@@ -24,7 +24,7 @@ class ScheduledSequence:
     Of a decode at most ``num_drafts`` drafts are verified in a step.
     The first chunk of an admission has ``is_first``, and in ``cached_token_ids`` the tokens at
     positions before ``start``, whose keys and values were found in the prefix cache, of the first
-    ``num_draft_cached`` of them also those of the draft model.
+    ``num_drafter_kv_tokens`` of them also those of the drafter.
     ``next_token_id`` follows the chunk in the prompt, 0 where it is not known.
     """
 
@@ -39,7 +39,7 @@ class ScheduledSequence:
     token_ids: tuple[int, ...] = ()
     is_first: bool = False
     cached_token_ids: tuple[int, ...] = ()
-    num_draft_cached: int = 0
+    num_drafter_kv_tokens: int = 0
     num_drafts: int = 0
     next_token_id: int = 0
 
@@ -87,8 +87,8 @@ class SequenceOutput:
     ``token_ids`` are new; fewer than ``num_tokens`` when the sequence ended on the device, or
     drafts were wrong: ``num_drafted`` were verified, ``num_accepted`` of them right. ``logprobs``
     go with them where asked for. ``prompt_logprobs`` are those of the tokens at positions
-    ``start + 1 ..`` of a chunk, as far as they are prompt tokens. ``num_draft_tokens``: so many
-    have keys and values of the draft model now.
+    ``start + 1 ..`` of a chunk, as far as they are prompt tokens. ``num_drafter_kv_tokens`` have
+    keys and values of the drafter now.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -96,7 +96,7 @@ class SequenceOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_drafted: int = 0
     num_accepted: int = 0
-    num_draft_tokens: int = 0
+    num_drafter_kv_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ decode phase, only one subtraction: ``num_tokens - num_computed_tokens``.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain, count, islice
 from operator import attrgetter
 
@@ -22,11 +22,9 @@ from jaxinfer.schedule import (
     StepOutput,
 )
 from jaxinfer.sequence import Sequence
+from jaxinfer.speculation.draft_policy import DraftPolicy
 
 _rank = attrgetter("rank")
-
-# Tokens a step of each decode with drafts, None if it had none -> how many to verify of each.
-ChooseDrafts = Callable[[list[float | None]], int]
 
 
 class Scheduler:
@@ -60,8 +58,9 @@ class Scheduler:
     and a call in flight did not compute it. Late writes go behind the known tokens.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, draft_policy: DraftPolicy | None = None) -> None:
         self.config = config
+        self.draft_policy = draft_policy or DraftPolicy(config)
         self.page_pool = PagePool(config.num_pages, config.page_size)
         self.prefix_cache = PrefixCache(config.page_size)
         # request id -> its choices that live.
@@ -81,8 +80,6 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_drafted_tokens = 0
         self._num_accepted_tokens = 0
-        # Drafts that are found in the text cost the same however many they are.
-        self._adapts = config.adapt_drafts and config.draft in ("model", "layers")
 
     def limit(self, sizes: EngineConfig) -> None:
         """Plans no larger steps than ``sizes`` allow. ``RuntimeError`` when requests live."""
@@ -138,7 +135,6 @@ class Scheduler:
                 rank=(seconds, arrival, choice),
                 salt=f"{domain}:{request.cache_salt}",
                 arrival_seconds=arrival_seconds,
-                num_drafts=self.config.num_drafts,
             )
             for choice in range(request.n)
         )
@@ -158,24 +154,20 @@ class Scheduler:
             self._end(sequence)
         return [sequence.output(SequenceOutput(), FinishReason.ABORT) for sequence in ended]
 
-    def schedule(
-        self, now: float | None = None, choose_drafts: ChooseDrafts = lambda _: 0
-    ) -> Schedule:
+    def schedule(self, now: float | None = None) -> Schedule:
         """Plans the next call and takes pages for the positions it computes.
 
         ``now``, on the clock of ``arrival_seconds``, is for telling how long requests waited.
-        ``choose_drafts`` says how many drafts to verify in a step, from what each decode has
-        gained by them.
         """
         self._note_last_chunks()
         prefilling = deque(s for s in self._running if s.is_prefilling)
         # Whoever has all its tokens in flight only waits for them to be read.
         decoding = [s for s in self._running if not s.is_prefilling and s.num_remaining_tokens > 0]
         num_steps = 1 if prefilling else self._num_steps(decoding)
-        num_drafts = self._num_drafts(decoding, num_steps, choose_drafts)
+        drafts = self._drafts(decoding, num_steps)
         num_tiles = self._num_tiles(prefilling)
 
-        new_tokens = {s: self._most_tokens(s, num_steps, num_drafts) for s in decoding}
+        new_tokens = {s: _most_tokens(s, num_steps, drafts[s]) for s in decoding}
         decodes = [s for s in decoding if self._make_room(s, new_tokens[s])]
         chunks: dict[Sequence, int] = {}
         while num_tiles:
@@ -193,13 +185,11 @@ class Scheduler:
         # above, but never a chunk: these are planned in order of rank.
         return Schedule(
             decodes=tuple(
-                s.schedule_decode(new_tokens[s], self._drafts_of(s, num_drafts))
-                for s in decodes
-                if s.is_running
+                s.schedule_decode(new_tokens[s], drafts[s]) for s in decodes if s.is_running
             ),
             chunks=tuple(s.schedule_chunk(num_new_tokens) for s, num_new_tokens in chunks.items()),
             num_steps=num_steps,
-            num_drafts=num_drafts,
+            num_drafts=max(drafts.values(), default=0),
         )
 
     def update(self, schedule: Schedule, step_output: StepOutput) -> list[RequestOutput]:
@@ -219,14 +209,15 @@ class Scheduler:
                 known = len(sequence.prompt_logprobs) - scheduled.start
                 sequence.prompt_logprobs += output.prompt_logprobs[known:]
             # Of calls that are read in order the later ones have more.
-            sequence.num_draft_tokens = max(sequence.num_draft_tokens, output.num_draft_tokens)
+            sequence.num_drafter_kv_tokens = max(
+                sequence.num_drafter_kv_tokens, output.num_drafter_kv_tokens
+            )
             if scheduled.samples:
                 num_expected = 1 if scheduled.token_ids else scheduled.num_tokens
                 sequence.num_in_flight_tokens -= num_expected
                 # Fewer come when the last of them ends the sequence, or drafts were wrong.
                 sequence.num_computed_tokens -= num_expected - len(output.token_ids)
-                if scheduled.num_drafts:
-                    sequence.note_gain(output)
+                self.draft_policy.note_output(sequence, scheduled.num_drafts, output)
                 self._count_drafts(sequence, output)
                 outputs.append(self._append(sequence, output))
         return outputs
@@ -256,9 +247,9 @@ class Scheduler:
             num_pages = self.page_pool.num_pages_for(s.num_computed_tokens)
             # More where drafts were wrong, for which there had to be room.
             num_spare = len(s.page_ids) - num_pages
-            most = self.config.max_steps_per_call * (self.config.num_drafts + 1)
-            is_exact = self.config.draft is None
-            assert 0 <= num_spare <= (0 if is_exact else self.page_pool.num_pages_for(most) + 1)
+            most_drafts = self.config.most_drafts
+            most = self.config.max_steps_per_call * (most_drafts + 1)
+            assert 0 <= num_spare <= (self.page_pool.num_pages_for(most) + 1 if most_drafts else 0)
 
     def _num_steps(self, decoding: list[Sequence]) -> int:
         """Several when nobody waits for a slot or a log-probability, and the free pages suffice."""
@@ -268,31 +259,24 @@ class Scheduler:
         if any(s.request.logprobs is not None for s in decoding):
             return 1
         num_steps = min(num_steps, max(s.num_remaining_tokens for s in decoding))
-        return num_steps if self._has_room(decoding, num_steps, 0) else 1
+        return num_steps if self._has_room(decoding, num_steps) else 1
 
-    def _num_drafts(
-        self, decoding: list[Sequence], num_steps: int, choose_drafts: ChooseDrafts
-    ) -> int:
+    def _drafts(self, decoding: list[Sequence], num_steps: int) -> dict[Sequence, int]:
         """As many as are wanted, where nobody must be preempted for what may be drafted wrong."""
-        if not decoding or len(decoding) > self.config.max_draft_seqs:
-            return 0
-        chosen = choose_drafts([s.draft_gain for s in decoding])
-        num_drafts = max(self._drafts_of(s, chosen) for s in decoding)
-        return num_drafts if self._has_room(decoding, num_steps, num_drafts) else 0
+        if not decoding:
+            return {}
+        drafts = dict(zip(decoding, self.draft_policy.choose(decoding), strict=True))
+        if not self._has_room(decoding, num_steps, drafts):
+            return dict.fromkeys(decoding, 0)
+        return drafts
 
-    def _drafts_of(self, sequence: Sequence, num_drafts: int) -> int:
-        """Returns how many of a step's ``num_drafts`` drafts are worth while for a sequence."""
-        return min(num_drafts, sequence.num_drafts) if self._adapts else num_drafts
-
-    def _most_tokens(self, sequence: Sequence, num_steps: int, num_drafts: int) -> int:
-        """Tokens of a call, if all drafts are right."""
-        most = num_steps * (self._drafts_of(sequence, num_drafts) + 1)
-        return min(most, sequence.num_remaining_tokens)
-
-    def _has_room(self, decoding: list[Sequence], num_steps: int, num_drafts: int) -> bool:
+    def _has_room(
+        self, decoding: list[Sequence], num_steps: int, drafts: Mapping[Sequence, int] | None = None
+    ) -> bool:
         """Tells if the free pages suffice for all that a call may yield."""
+        drafts = drafts or {}
         num_pages = sum(
-            max(0, self._num_missing_pages(s, self._most_tokens(s, num_steps, num_drafts)))
+            max(0, self._num_missing_pages(s, _most_tokens(s, num_steps, drafts.get(s, 0))))
             for s in decoding
         )
         return num_pages <= self.page_pool.num_free
@@ -300,8 +284,6 @@ class Scheduler:
     def _count_drafts(self, sequence: Sequence, output: SequenceOutput) -> None:
         sequence.num_drafted_tokens += output.num_drafted
         sequence.num_accepted_tokens += output.num_accepted
-        if self._adapts:
-            sequence.adapt_drafts(output, self.config.num_drafts)
         self._num_drafted_tokens += output.num_drafted
         self._num_accepted_tokens += output.num_accepted
 
@@ -359,8 +341,8 @@ class Scheduler:
         sequence.page_ids = found
         sequence.num_registered_pages = len(found)
         sequence.num_computed_tokens = len(found) * self.config.page_size
-        sequence.num_drafted_pages = self.prefix_cache.num_drafted(found)
-        sequence.num_draft_tokens = sequence.num_drafted_pages * self.config.page_size
+        sequence.num_drafter_kv_pages = self.prefix_cache.num_drafter_kv_pages(found)
+        sequence.num_drafter_kv_tokens = sequence.num_drafter_kv_pages * self.config.page_size
         self._num_cached_tokens += sequence.num_computed_tokens
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -384,7 +366,7 @@ class Scheduler:
     def _register(self, sequence: Sequence, *, has_ended: bool = False) -> None:
         known = sequence.num_tokens - has_ended
         self.prefix_cache.register(sequence, min(known, sequence.num_computed_tokens))
-        self.prefix_cache.note_drafted(sequence)
+        self.prefix_cache.note_drafter_kv_pages(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Lets the other choices wait once the first one has computed its prompt, or has left."""
@@ -425,6 +407,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         """Forgets a choice, wherever it is."""
+        self.draft_policy.forget(sequence)
         request_id = sequence.request.request_id
         held_back = self._held_back.get(request_id, [])
         if sequence in held_back:
@@ -448,9 +431,14 @@ class Scheduler:
         self.page_pool.free(sequence.page_ids, keep=self.prefix_cache)
         sequence.page_ids = []
         sequence.num_computed_tokens = sequence.num_in_flight_tokens = 0
-        sequence.num_registered_pages = sequence.num_drafted_pages = 0
-        sequence.num_draft_tokens = 0
+        sequence.num_registered_pages = sequence.num_drafter_kv_pages = 0
+        sequence.num_drafter_kv_tokens = 0
         sequence.has_chunk = False
         if sequence.slot is not None:
             self._free_slots.append(sequence.slot)
         sequence.slot = sequence.admission = None
+
+
+def _most_tokens(sequence: Sequence, num_steps: int, num_drafts: int) -> int:
+    """Tokens of a call, if all drafts are right."""
+    return min(num_steps * (num_drafts + 1), sequence.num_remaining_tokens)

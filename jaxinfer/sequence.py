@@ -10,11 +10,6 @@ from jaxinfer.schedule import (
     TokenLogprobs,
 )
 
-# How many tokens a sequence whose drafts were all wrong goes on without, before one is tried.
-TOKENS_WITHOUT_DRAFTS = 16
-# Weight of the newest step in what drafts bring a sequence: some steps, since texts change.
-NEWEST_GAIN = 0.2
-
 
 @dataclass(eq=False)
 class Sequence:
@@ -38,11 +33,8 @@ class Sequence:
 
     ``salt`` is the domain of the prefix cache; ``digests[i]`` identifies the tokens up to the end
     of page i, and the first ``num_registered_pages`` of ``page_ids`` need not be registered again.
-    ``draft_gain``: tokens a step that drafts brought in the last of ``num_gains`` calls with
-    drafts, 1 for none that was right.
-    ``num_drafts`` drafts are wanted in a step where drafts adapt; ``num_undrafted`` tokens came
-    since the last one. The first ``num_draft_tokens`` are known to have keys and values of the
-    draft model, and the cache knows it of the first ``num_drafted_pages``.
+    The first ``num_drafter_kv_tokens`` are known to have keys and values of the drafter, and the
+    cache knows it of the first ``num_drafter_kv_pages``.
     """
 
     request: Request
@@ -61,17 +53,13 @@ class Sequence:
     has_chunk: bool = False  # since its admission
     digests: list[bytes] = field(default_factory=list)
     num_registered_pages: int = 0
-    num_draft_tokens: int = 0
-    num_drafted_pages: int = 0
+    num_drafter_kv_tokens: int = 0
+    num_drafter_kv_pages: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
-    draft_gain: float | None = None
-    num_gains: int = 0
-    num_drafts: int = 0
-    num_undrafted: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -105,30 +93,6 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Choices share their prompt: the first one has its log-probabilities computed."""
         return self.choice == 0 and self.request.prompt_logprobs is not None
-
-    def note_gain(self, output: SequenceOutput) -> None:
-        """Tokens a step of a call with drafts: a mean at first, then recent ones count more."""
-        num_steps = len(output.token_ids) - output.num_accepted
-        if num_steps > 0:
-            gain = len(output.token_ids) / num_steps
-            self.num_gains += 1
-            known = gain if self.draft_gain is None else self.draft_gain
-            self.draft_gain = known + max(NEWEST_GAIN, 1 / self.num_gains) * (gain - known)
-
-    def adapt_drafts(self, output: SequenceOutput, most: int) -> None:
-        """Two more drafts where all of a call were right, one less where not; at most ``most``.
-
-        The rule of assisted generation in transformers (Gante 2023), and further down to none:
-        that is tried again some tokens later.
-        """
-        if not output.num_drafted:
-            self.num_undrafted += len(output.token_ids)
-            if not self.num_drafts and self.num_undrafted >= TOKENS_WITHOUT_DRAFTS:
-                self.num_drafts = 1
-            return
-        self.num_undrafted = 0
-        is_right = output.num_accepted == output.num_drafted
-        self.num_drafts = max(0, min(most, self.num_drafts + (2 if is_right else -1)))
 
     def schedule_decode(self, num_tokens: int, num_drafts: int = 0) -> ScheduledSequence:
         """Counts the next tokens as computed, and those they yield as in flight."""
@@ -171,7 +135,7 @@ class Sequence:
             token_ids=tuple(self.token_ids[start:end]),
             is_first=is_first,
             cached_token_ids=tuple(self.token_ids[:start]) if is_first else (),
-            num_draft_cached=self.num_draft_tokens if is_first else 0,
+            num_drafter_kv_tokens=self.num_drafter_kv_tokens if is_first else 0,
             next_token_id=prompt[end] if end < len(prompt) else 0,
         )
 

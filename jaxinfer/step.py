@@ -19,11 +19,11 @@ from jaxinfer.config import DtypePolicy, EngineConfig
 from jaxinfer.logprobs import LogprobColumns, token_logprobs
 from jaxinfer.sampling import SlotTables, log_distribution, sample
 from jaxinfer.sharding import named_sharding
-from jaxinfer.speculation.drafting import TargetAndDraft, propose
+from jaxinfer.speculation.acceptance import num_accepted
+from jaxinfer.speculation.drafter import TargetAndDraft, draft
 from jaxinfer.speculation.drafts import Drafts
-from jaxinfer.speculation.rejection import verified
-from jaxinfer.speculation.speculative import num_accepted
-from jaxinfer.step_state import MAX_BIASES, NO_TOKEN, StepResult, StepState
+from jaxinfer.speculation.rejection import after_rejection
+from jaxinfer.step_state import NO_TOKEN, StepResult, StepState
 from jaxinfer.weights import multiplies_floats
 from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch
 
@@ -42,6 +42,25 @@ class Scores:
     logits: jax.Array
     positions: jax.Array
     slots: jax.Array
+    prompt_logprobs: LogprobColumns
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Verified:
+    """The R tokens that a step ``sampled``, [R] int32, and how many of each decode stand.
+
+    ``counts`` [D] int32: that many of a decode's rows, from the first on, are new tokens. They are
+    to stand at ``positions`` [R] of ``slots`` [R], S for padding and what does not stand; ``ends``
+    [R] bool: it would end its sequence. ``logprobs`` [R] where they are wanted.
+    """
+
+    sampled: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+    ends: jax.Array
+    counts: jax.Array
+    logprobs: LogprobColumns
     prompt_logprobs: LogprobColumns
 
 
@@ -116,10 +135,7 @@ def step(
     packed: jax.Array,
 ) -> tuple[StepState, StepResult]:
     """One call of the device: one step, or up to ``num_steps`` where the shape has no tiles."""
-    models = TargetAndDraft(
-        nnx.merge(graphs.target, parameters.target),
-        graphs.draft and nnx.merge(graphs.draft, parameters.draft),
-    )
+    models = merged(graphs, parameters)
     batch = unpack(packed, shape, config)
     if shape.num_tiles or config.max_steps_per_call == 1:
         state, result = one_step(models, config, shape, state, batch)
@@ -128,11 +144,19 @@ def step(
     return state, with_draft_lens(config, state, batch, result)
 
 
+def merged(graphs: TargetAndDraft, parameters: TargetAndDraft) -> TargetAndDraft:
+    """Returns the modules of a step, over its parameters."""
+    return TargetAndDraft(
+        nnx.merge(graphs.target, parameters.target),
+        graphs.draft and nnx.merge(graphs.draft, parameters.draft),
+    )
+
+
 def with_draft_lens(
     config: EngineConfig, state: StepState, batch: Batch, result: StepResult
 ) -> StepResult:
-    """The result with what the host must know of a draft model: how far its cache has come."""
-    if config.draft != "model":
+    """Adds to a result how far the drafter's own pages have come, which the host must know."""
+    if not config.drafter.has_pages:
         return result
     slots = jnp.concatenate([batch.decode_slots, batch.chunk_slots])
     draft_lens = state.draft_lens.at[slots].get(mode="fill", fill_value=0)
@@ -179,11 +203,11 @@ def several_steps(
 def one_step(
     models: TargetAndDraft, config: EngineConfig, shape: BatchShape, state: StepState, batch: Batch
 ) -> tuple[StepState, StepResult]:
-    """One step over the batch; decodes that have ended or may yield no more are padding."""
+    """Runs one step: draft, verify, accept. Decodes that may yield no more are padding."""
     batch = without_ended(config, state, batch)
-    drafts, state = propose(models, config, shape, state, batch)
-    scores, state = verify(models.target, config, shape, state, batch, drafts)
-    return accept(config, shape, state, batch, drafts, scores)
+    drafts, state = draft(models, config, shape, state, batch)
+    verified, state = verify(models.target, config, shape, state, batch, drafts)
+    return accept(config, state, batch, drafts, verified)
 
 
 def without_ended(config: EngineConfig, state: StepState, batch: Batch) -> Batch:
@@ -201,8 +225,53 @@ def verify(
     state: StepState,
     batch: Batch,
     drafts: Drafts,
+) -> tuple[Verified, StepState]:
+    """Runs the target over all rows, those of drafts included, and samples a token after each.
+
+    Returns how many of them stand, and the state with the rows' keys and values.
+    """
+    scores, state = score(model, config, shape, state, batch, drafts)
+    columns = batch.slots.of(scores.slots)
+    sampled = _sampled(shape, state, batch, drafts, scores)
+    ends = jnp.any(sampled[:, None] == columns.ending_ids, axis=1)
+    ends &= scores.positions - columns.prompt_lens >= columns.min_tokens
+    ends |= scores.positions + 1 >= columns.end_positions
+    slots, counts = scores.slots, jnp.ones_like(batch.decode_slots)
+    if shape.num_drafts:
+        # Of a decode's rows those that are new tokens are real, the others padding.
+        by_decode = shape.num_decodes, shape.num_drafts + 1
+        rows = slice(shape.num_decode_rows)
+        counts = num_accepted(
+            drafts.token_ids,
+            drafts.num_drafts,
+            sampled[rows].reshape(by_decode),
+            ends[rows].reshape(by_decode),
+        )
+        is_new = jnp.arange(shape.num_drafts + 1)[None, :] < counts[:, None]
+        new_slots = jnp.where(is_new.reshape(-1), slots[rows], config.max_num_seqs)
+        slots = slots.at[rows].set(new_slots)
+    is_real = slots < config.max_num_seqs
+    verified = Verified(
+        sampled=sampled,
+        positions=scores.positions,
+        slots=slots,
+        ends=ends,
+        counts=counts,
+        logprobs=token_logprobs(scores.logits, sampled, is_real & (columns.num_logprobs >= 0)),
+        prompt_logprobs=scores.prompt_logprobs,
+    )
+    return verified, state
+
+
+def score(
+    model: Any,
+    config: EngineConfig,
+    shape: BatchShape,
+    state: StepState,
+    batch: Batch,
+    drafts: Drafts,
 ) -> tuple[Scores, StepState]:
-    """Runs the target over all rows, those of drafts included."""
+    """Runs the target over all rows and returns the logits of those that are sampled from."""
     hidden, ragged, state = forward(
         model, state, batch, config, drafts.num_drafts, shape.num_drafts
     )
@@ -221,82 +290,59 @@ def verify(
     return scores, state
 
 
-def accept(
-    config: EngineConfig,
-    shape: BatchShape,
-    state: StepState,
-    batch: Batch,
-    drafts: Drafts,
-    scores: Scores,
-) -> tuple[StepState, StepResult]:
-    """Samples from ``scores`` and keeps what the rule of acceptance lets stand."""
-    num_slots, max_drafts = config.max_num_seqs, shape.num_drafts
+def _sampled(
+    shape: BatchShape, state: StepState, batch: Batch, drafts: Drafts, scores: Scores
+) -> jax.Array:
+    """Returns the target's choice in each row, [R] int32; by rejection, what stands there."""
     logits, positions, slots = scores.logits, scores.positions, scores.slots
-    columns = batch.slots.of(slots)
+    columns = batch.slots.of(slots).sampling()
     tables = SlotTables(state.tokens, state.bias_ids, state.bias_values)
-    sampled = sample(logits, positions, slots, columns.sampling(), tables)
-    if drafts.logprobs is not None:
-        rows = slice(shape.num_decode_rows)
-        of_rows = jax.tree.map(lambda column: column[rows], columns.sampling())
-        logprobs = log_distribution(logits[rows], positions[rows], slots[rows], of_rows, tables)
-        chosen = _verified(drafts, logprobs, sampled[rows], positions[rows], batch)
-        sampled = sampled.at[rows].set(chosen)
+    sampled = sample(logits, positions, slots, columns, tables)
+    if drafts.logprobs is None:
+        return sampled
+    rows = slice(shape.num_decode_rows)
+    of_rows = jax.tree.map(lambda column: column[rows], columns)
+    logprobs = log_distribution(logits[rows], positions[rows], slots[rows], of_rows, tables)
+    by_decode = shape.num_decodes, shape.num_drafts + 1
+    of_decodes = batch.slots.of(batch.decode_slots)
+    chosen = after_rejection(
+        drafts,
+        logprobs.reshape(*by_decode, -1),
+        sampled[rows].reshape(by_decode),
+        positions[rows].reshape(by_decode),
+        of_decodes.seeds,
+        of_decodes.choices,
+    )
+    return sampled.at[rows].set(chosen.reshape(-1))
 
-    ends = jnp.any(sampled[:, None] == columns.ending_ids, axis=1)
-    ends &= positions - columns.prompt_lens >= columns.min_tokens
-    ends |= positions + 1 >= columns.end_positions
-    if max_drafts:
-        # Of a decode's rows those that are new tokens are real, the others padding.
-        by_decode = shape.num_decodes, max_drafts + 1
-        rows = slice(shape.num_decode_rows)
-        counts = num_accepted(
-            drafts.token_ids,
-            drafts.num_drafts,
-            sampled[rows].reshape(by_decode),
-            ends[rows].reshape(by_decode),
-        )
-        is_new = jnp.arange(max_drafts + 1)[None, :] < counts[:, None]
-        slots = slots.at[rows].set(jnp.where(is_new.reshape(-1), slots[rows], num_slots))
-    else:
-        counts = jnp.ones_like(batch.decode_slots)
-    is_real = slots < num_slots
-    if config.draft == "model":
-        # Of what the draft has been fed, that many tokens are real.
+
+def accept(
+    config: EngineConfig, state: StepState, batch: Batch, drafts: Drafts, verified: Verified
+) -> tuple[StepState, StepResult]:
+    """Keeps the tokens that stand, and forgets what was computed for the others."""
+    slots, counts = verified.slots, verified.counts
+    if config.drafter.has_pages:
+        # Of what the drafter has been fed, that many tokens are real.
         accepted = state.lens.at[batch.decode_slots].get(mode="fill", fill_value=0) + counts
         draft_lens = state.draft_lens.at[batch.decode_slots].min(accepted, mode="drop")
         state = replace(state, draft_lens=draft_lens)
     # Of a slot's rows only the last new one may end it: its others are written as not ended.
-    ended = state.has_ended.at[slots].max(ends, mode="drop")
+    ended = state.has_ended.at[slots].max(verified.ends, mode="drop")
+    tokens = state.tokens.at[slots, verified.positions].set(verified.sampled, mode="drop")
     state = replace(
         state,
-        tokens=state.tokens.at[slots, positions].set(sampled, mode="drop"),
+        tokens=tokens,
         lens=state.lens.at[batch.decode_slots].add(counts, mode="drop"),
         has_ended=ended,
     )
+    is_real = slots < config.max_num_seqs
     return state, StepResult(
-        tokens=jnp.where(is_real, sampled, NO_TOKEN)[None],
+        tokens=jnp.where(is_real, verified.sampled, NO_TOKEN)[None],
         num_drafted=drafts.num_drafts[None],
         draft_lens=jnp.zeros(0, jnp.int32),
-        logprobs=token_logprobs(logits, sampled, is_real & (columns.num_logprobs >= 0)),
-        prompt_logprobs=scores.prompt_logprobs,
+        logprobs=verified.logprobs,
+        prompt_logprobs=verified.prompt_logprobs,
     )
-
-
-def _verified(
-    drafts: Drafts, logprobs: jax.Array, sampled: jax.Array, positions: jax.Array, batch: Batch
-) -> jax.Array:
-    """Returns what stands in the decodes' rows after rejection, [D * (K + 1)] int32."""
-    by_decode = drafts.token_ids.shape[0], drafts.token_ids.shape[1] + 1
-    columns = batch.slots.of(batch.decode_slots)
-    chosen = verified(
-        drafts,
-        logprobs.reshape(*by_decode, -1),
-        sampled.reshape(by_decode),
-        positions.reshape(by_decode),
-        columns.seeds,
-        columns.choices,
-    )
-    return chosen.reshape(-1)
 
 
 def score_chunks(model: Any, hidden: jax.Array, batch: Batch) -> LogprobColumns:
@@ -325,28 +371,6 @@ def score_chunks(model: Any, hidden: jax.Array, batch: Batch) -> LogprobColumns:
         return jax.lax.cond(is_scored > 0, score, lambda *_: zeros, rows, wanted)
 
     return jax.lax.map(score_tile, (rows, following, batch.chunk_scores))
-
-
-def set_slot(
-    state: StepState,
-    slot: jax.Array,
-    tokens: jax.Array,
-    num_tokens: jax.Array,
-    bias_ids: jax.Array,
-    bias_values: jax.Array,
-) -> StepState:
-    """Writes what a newly admitted sequence cannot bring as rows.
-
-    ``tokens`` [M] int32: the first ``num_tokens`` were found in the prefix cache and pass through
-    no chunk, but penalties count them. ``bias_ids`` and ``bias_values`` [B].
-    """
-    is_known = jnp.arange(tokens.shape[0]) < num_tokens
-    return replace(
-        state,
-        tokens=state.tokens.at[slot].set(jnp.where(is_known, tokens, state.tokens[slot])),
-        bias_ids=state.bias_ids.at[slot].set(bias_ids),
-        bias_values=state.bias_values.at[slot].set(bias_values),
-    )
 
 
 def compiler_options(
@@ -387,25 +411,3 @@ def lower(
     # Kernels ask for which device they are lowered: it need not be one of this machine.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jitted.trace(graphs, config, shape, parameters, state, packed).lower()
-
-
-def lower_set_slot(config: EngineConfig, state: StepState, mesh: Mesh) -> Any:
-    """Lowers ``set_slot``, ready to compile."""
-    whole = named_sharding(mesh)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
-    jitted = jax.jit(
-        set_slot,
-        donate_argnums=(0,),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
-    )
-    return jitted.trace(
-        state,
-        array(np.int32),
-        array(np.int32, config.max_model_len),
-        array(np.int32),
-        array(np.int32, MAX_BIASES),
-        array(np.float32, MAX_BIASES),
-    ).lower()

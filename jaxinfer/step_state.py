@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
-from jaxinfer.kv_cache import abstract_kv_pages
+from jaxinfer.kv_cache import abstract_drafter_pages, abstract_kv_pages
 from jaxinfer.logprobs import LogprobColumns
 from jaxinfer.request import LIMITS
 from jaxinfer.sharding import named_sharding
@@ -70,14 +69,12 @@ def abstract_state(spec: EngineSpec) -> StepState:
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    def pages(model: ModelConfig, dtypes: DtypePolicy) -> tuple[KVPages, ...]:
-        return abstract_kv_pages(
-            model, config.num_pages, config.page_size, dtypes.kv_cache, mesh, config.attention
-        )
-
+    dtype = spec.dtypes.kv_cache
     return StepState(
-        kv_pages=pages(spec.model, spec.dtypes),
-        draft_kv_pages=pages(spec.draft.model, spec.draft.dtypes) if spec.draft else (),
+        kv_pages=abstract_kv_pages(
+            spec.model, config.num_pages, config.page_size, dtype, mesh, config.attention
+        ),
+        draft_kv_pages=abstract_drafter_pages(spec, config.num_pages),
         tokens=array((slots, config.max_model_len), jnp.int32),
         lens=array((slots,), jnp.int32),
         draft_lens=array((slots,), jnp.int32),

@@ -44,3 +44,23 @@ def test_who_drafts_is_asked_by_no_other_word() -> None:
     for package in (*PACKAGES, "pallas_kernels"):
         for path in (ROOT / package).rglob("*.py"):
             assert word not in path.read_text().lower(), path
+
+
+def is_drafters_name(node: ast.expr) -> bool:
+    """Tells if ``node`` is ``draft`` of an engine's config."""
+    match node:
+        case ast.Attribute(attr="draft", value=ast.Attribute(attr="config" | "_config")):
+            return True
+        case ast.Attribute(attr="draft", value=ast.Name(id="config")):
+            return True
+    return False
+
+
+def test_no_drafter_is_asked_for_by_name() -> None:
+    """All but the lookup in the table ask a drafter's traits."""
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Compare):
+                    sides = (node.left, *node.comparators)
+                    assert not any(map(is_drafters_name, sides)), f"{path}:{node.lineno}"

@@ -1,8 +1,12 @@
 """Drafted tokens, on their way from a drafter to verification."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from jaxinfer.step_state import StepState
 
 
 class Drafts(NamedTuple):
@@ -14,3 +18,23 @@ class Drafts(NamedTuple):
     token_ids: jax.Array
     num_drafts: jax.Array
     logprobs: jax.Array | None = None
+
+
+class Wanted(NamedTuple):
+    """Drafts that a step may verify: ``num_drafts`` [D] int32 of a decode, ``max_drafts`` at most.
+
+    ``lens`` [D] int32: tokens of each decode that have keys and values. The token at that position
+    is known, too; drafts come after it.
+    """
+
+    lens: jax.Array
+    num_drafts: jax.Array
+    max_drafts: int
+
+
+def write_drafts(
+    state: StepState, slots: jax.Array, at: jax.Array, tokens: jax.Array, is_real: jax.Array
+) -> StepState:
+    """Puts ``tokens`` [D] in the table of tokens, where they ``is_real`` [D]."""
+    written = jnp.where(is_real, slots, state.tokens.shape[0])
+    return replace(state, tokens=state.tokens.at[written, at].set(tokens, mode="drop"))

@@ -17,7 +17,7 @@ from jaxinfer.speculation.drafts import Drafts
 DRAFT_NOISE, ACCEPTANCE, RESIDUAL_NOISE = 1, 2, 3
 
 
-def verified(
+def after_rejection(
     drafts: Drafts,
     target_logprobs: jax.Array,
     sampled: jax.Array,
@@ -25,7 +25,7 @@ def verified(
     seeds: jax.Array,
     choices: jax.Array,
 ) -> jax.Array:
-    """[D, K + 1] int32: the draft where it is accepted, else what is to stand there instead.
+    """Returns the draft where it is accepted, else the token instead, [D, K + 1] int32.
 
     ``drafts`` of every decode with the log-probabilities [D, K, V] that they were drawn from;
     ``target_logprobs`` [D, K + 1, V] are the target's at ``positions`` [D, K + 1], ``sampled``

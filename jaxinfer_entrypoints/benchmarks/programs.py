@@ -12,13 +12,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxinfer.batch import Batch, BatchShape, unpack
 from jaxinfer.engine import Engine
-from jaxinfer.speculation.drafting import TargetAndDraft, propose
+from jaxinfer.speculation.drafter import TargetAndDraft, draft
 from jaxinfer.speculation.drafts import Drafts
-from jaxinfer.step import accept, compiler_options, verify, with_draft_lens, without_ended
+from jaxinfer.step import (
+    Verified,
+    accept,
+    compiler_options,
+    merged,
+    verify,
+    with_draft_lens,
+    without_ended,
+)
 from jaxinfer.step_state import StepResult, StepState
 from jaxinfer_entrypoints.benchmarks.measuring import describe, measure
 from jaxinfer_entrypoints.benchmarks.ranges import check_range
@@ -48,8 +55,8 @@ class Options:
 
 def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Milliseconds a token of one sequence in each way, medians of rounds, one step a call."""
-    draft = loaded.spec.config.draft or "ngram"
-    engine = engine_for(loaded, 1, draft=draft, max_steps_per_call=1, adapt_drafts=False)
+    name = loaded.spec.config.draft or "ngram"
+    engine = engine_for(loaded, 1, draft=name, max_steps_per_call=1, adapt_drafts=False)
     whole = {shape: program for shape, program in engine.programs.items() if shape.num_drafts}
     apart = {shape: _Stages(engine, shape) for shape in whole}
     text = prompt_texts()["edit code"]
@@ -67,7 +74,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
             if number:  # the first round compiles
                 times[way].append(1e3 * measured.decode_seconds / measured.decode_tokens)
     return describe(loaded) | {
-        "draft": loaded.options.draft or draft,
+        "draft": loaded.options.draft or name,
         "num_drafts": loaded.spec.config.num_drafts,
         "output_len": options.output_len,
         "rounds": options.rounds,
@@ -108,44 +115,40 @@ class _Stages:
 
     def three(self, parameters: Any, state: StepState, packed: Any) -> Any:
         drafts, state = self.draft(parameters, state, packed)
-        scores, state = self.verify(parameters, state, packed, drafts)
-        return self.accept(state, packed, drafts, scores)
+        verified, state = self.verify(parameters, state, packed, drafts)
+        return self.accept(state, packed, drafts, verified)
 
     def by_host(self, parameters: Any, state: StepState, packed: Any) -> Any:
         drafts, state = self.draft(parameters, state, packed)
         drafts = jax.device_put(jax.device_get(drafts))  # waits, as a scheduler would
-        scores, state = self.verify(parameters, state, packed, drafts)
-        return self.accept(state, packed, drafts, scores)
-
-    def _models(self, parameters: TargetAndDraft) -> TargetAndDraft:
-        return TargetAndDraft(
-            nnx.merge(self.graphs.target, parameters.target),
-            self.graphs.draft and nnx.merge(self.graphs.draft, parameters.draft),
-        )
+        verified, state = self.verify(parameters, state, packed, drafts)
+        return self.accept(state, packed, drafts, verified)
 
     def _batch(self, state: StepState, packed: jax.Array) -> Batch:
         return without_ended(self.config, state, unpack(packed, self.shape, self.config))
 
     def _draft(self, parameters: TargetAndDraft, state: StepState, packed: jax.Array) -> Any:
         batch = self._batch(state, packed)
-        return propose(self._models(parameters), self.config, self.shape, state, batch)
+        return draft(merged(self.graphs, parameters), self.config, self.shape, state, batch)
 
     def _verify(
         self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, drafts: Drafts
     ) -> Any:
-        batch, target = self._batch(state, packed), self._models(parameters).target
+        batch, target = self._batch(state, packed), merged(self.graphs, parameters).target
         return verify(target, self.config, self.shape, state, batch, drafts)
 
-    def _accept(self, state: StepState, packed: jax.Array, drafts: Drafts, scores: Any) -> Any:
+    def _accept(
+        self, state: StepState, packed: jax.Array, drafts: Drafts, verified: Verified
+    ) -> Any:
         batch = self._batch(state, packed)
-        state, result = accept(self.config, self.shape, state, batch, drafts, scores)
+        state, result = accept(self.config, state, batch, drafts, verified)
         return state, with_draft_lens(self.config, state, batch, result)
 
     def _verify_and_accept(
         self, parameters: TargetAndDraft, state: StepState, packed: jax.Array, drafts: Drafts
     ) -> Any:
-        scores, state = self._verify(parameters, state, packed, drafts)
-        return self._accept(state, packed, drafts, scores)
+        verified, state = self._verify(parameters, state, packed, drafts)
+        return self._accept(state, packed, drafts, verified)
 
 
 def table(figures: dict[str, Any]) -> str:

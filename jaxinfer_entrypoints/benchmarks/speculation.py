@@ -21,9 +21,10 @@ import numpy as np
 
 from jaxinfer import page_pool
 from jaxinfer.batch import batch_shapes
+from jaxinfer.drafters import drafter_traits
 from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.speculation import drafting
+from jaxinfer.speculation import ngram
 from jaxinfer_entrypoints.benchmarks.measuring import Measured, describe, measure
 from jaxinfer_entrypoints.benchmarks.ranges import check_range
 from jaxinfer_entrypoints.benchmarks.serve.plots import check_plot
@@ -125,9 +126,8 @@ def engine_for(loaded: LoadedModel, size: int, **changes: Any) -> Engine:
         "max_draft_seqs": size,
         "max_model_len": min(MAX_MODEL_LEN, loaded.spec.config.max_model_len),
         "prefix_cache": False,
-        "num_draft_layers": loaded.spec.config.num_draft_layers,
     } | changes
-    if values["draft"] != "layers":
+    if not drafter_traits(values["draft"]).takes_layers:
         values["num_draft_layers"] = 0
     # Steps of decodes alone in all sizes, and the largest plain step for prompts.
     shapes = batch_shapes(dataclasses.replace(loaded.spec.config, **values))
@@ -227,13 +227,13 @@ def _drafting(known: Sequence[int], accuracy: float, vocab_size: int) -> Iterato
         drafts = jnp.asarray(table).at[at].get(mode="fill", fill_value=0)
         return drafts, jnp.full(ends.shape, num_drafts, jnp.int32)
 
-    original = drafting.propose_ngrams
-    drafting.propose_ngrams = propose
+    original = ngram.propose_ngrams
+    ngram.propose_ngrams = propose
     jax.clear_caches()  # or a program traced before would be taken for this one
     try:
         yield
     finally:
-        drafting.propose_ngrams = original
+        ngram.propose_ngrams = original
         jax.clear_caches()
 
 

@@ -17,6 +17,7 @@ from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.shard_name import file_stem
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import STORED, DraftModel, DtypePolicy, ModelConfig
+from jaxinfer.drafters import drafter_traits
 from jaxinfer.engine import Engine
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
@@ -195,7 +196,7 @@ def plan_model(options: LoadOptions, phases: Phases, needs_weights: bool = True)
     mesh = make_mesh(devices[:num_tensor])
     dtypes = pick_dtypes(options, checkpoint, devices[0])
     draft, draft_checkpoint = None, None
-    if options.drafter[0] == "model":
+    if drafter_traits(options.drafter[0]).needs_model:
         for_draft = options.of_draft_model
         draft_checkpoint, smaller = _open_model(for_draft.model, phases, needs_weights)
         if checkpoint and draft_checkpoint:
@@ -259,7 +260,7 @@ def new_engine(
         most = config.max_num_seqs * config.max_pages_per_sequence
         config = dataclasses.replace(config, num_pages=min(most, loaded.spec.config.num_pages))
     draft, draft_parameters = loaded.spec.draft, loaded.draft_parameters
-    if config.draft != "model":
+    if not config.drafter.needs_model:
         draft, draft_parameters = None, None
     engine = Engine(dataclasses.replace(loaded.spec, config=config, draft=draft))
     engine.compile(shapes=shapes)

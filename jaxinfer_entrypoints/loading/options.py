@@ -9,11 +9,12 @@ from typing import Any, Literal, TypedDict
 
 from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import KV_DTYPES, EngineConfig
+from jaxinfer.drafters import DRAFTERS, drafter_traits
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 
-DraftKind = Literal["ngram", "layers", "model"]
-
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# The drafter of every ``draft`` that is no drafter's own name: such a name is a model's.
+DRAFTER_OF_MODELS = "model"
 DTYPES = ("float32", "bfloat16")
 VERIFICATIONS = ("exact", "rejection")
 MAX_DEVICES = 1 << 20
@@ -96,25 +97,13 @@ class LoadOptions:
         return None if self.device in (None, "cpu", "gpu") else self.device
 
     @property
-    def drafter(self) -> tuple[DraftKind | None, int]:
+    def drafter(self) -> tuple[str | None, int]:
         """Returns who drafts, and with how many of the model's layers where it is those.
 
         Raises ``ValueError`` for what cannot be.
         """
-        draft = self.draft
-        if draft is None or draft == "ngram":
-            kind, num_layers = draft, 0
-        elif not draft.strip():
-            raise ValueError("--draft names nobody: ngram, layers:N or a model")
-        elif draft.startswith("layers:"):
-            if not re.fullmatch(r"layers:[1-9]\d{0,3}", draft):
-                raise ValueError(
-                    f"--draft layers:N needs a number of layers from 1 on, got {draft!r}"
-                )
-            kind, num_layers = "layers", int(draft.removeprefix("layers:"))
-        else:
-            kind, num_layers = "model", 0
-        if self.draft_quantize is not None and kind != "model":
+        kind, num_layers = _drafter(self.draft)
+        if self.draft_quantize is not None and not drafter_traits(kind).needs_model:
             raise ValueError("--draft-quantize needs a draft model: --draft MODEL")
         return kind, num_layers
 
@@ -153,6 +142,23 @@ class LoadKeywords(TypedDict, total=False):
     verify: Literal["exact", "rejection"]
     draft_quantize: str | None
     compile_only: bool
+
+
+def _drafter(draft: str | None) -> tuple[str | None, int]:
+    """Reads "ngram", "layers:3" or the name of a model, whatever the table of drafters has."""
+    if draft is None:
+        return None, 0
+    if not draft.strip():
+        raise ValueError("--draft names nobody: ngram, layers:N or a model")
+    name, colon, number = draft.partition(":")
+    takes_layers = name in DRAFTERS and DRAFTERS[name].takes_layers
+    if bool(colon) != takes_layers or name not in DRAFTERS or DRAFTERS[name].needs_model:
+        return DRAFTER_OF_MODELS, 0
+    if not takes_layers:
+        return name, 0
+    if not re.fullmatch(r"[1-9]\d{0,3}", number):
+        raise ValueError(f"--draft {name}:N needs a number of layers from 1 on, got {draft!r}")
+    return name, int(number)
 
 
 def _check_type(field: dataclasses.Field[Any], value: object) -> None:

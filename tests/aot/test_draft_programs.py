@@ -20,7 +20,7 @@ from jaxinfer.batch import BatchShape, batch_shapes
 from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import abstract_parameters, make_mesh
-from jaxinfer.speculation.drafting import TargetAndDraft
+from jaxinfer.speculation.drafter import TargetAndDraft
 from jaxinfer.step_state import abstract_state
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices

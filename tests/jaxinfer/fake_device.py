@@ -154,7 +154,7 @@ class FakeDevice:
 
     def run_draft(self, scheduled: ScheduledSequence, slot: Slot, drafts: list[int]) -> None:
         """A draft model catches up, then reads all but the last of its drafts."""
-        if self.config.draft != "model" or not drafts:
+        if not self.config.drafter.has_pages or not drafts:
             return
         known = [*slot.token_ids, *drafts[:-1]]
         self.write_draft(scheduled, known, slot.draft_len)
@@ -173,10 +173,10 @@ class FakeDevice:
 
     def chunk_of_draft(self, scheduled: ScheduledSequence, slot: Slot) -> None:
         """A chunk counts for the draft if it follows on what was there."""
-        if self.config.draft != "model":
+        if not self.config.drafter.has_pages:
             return
         if scheduled.is_first:
-            slot.draft_len = scheduled.num_draft_cached
+            slot.draft_len = scheduled.num_drafter_kv_tokens
             self.check_draft(scheduled, slot.token_ids[: slot.draft_len])
         if slot.draft_len == scheduled.start:
             self.write_draft(scheduled, slot.token_ids, scheduled.start)
@@ -211,7 +211,7 @@ class FakeDevice:
                 for i in range(scheduled.start + 1, min(end + 1, len(prompt)))
             )
         logprobs = self.logprobs(scheduled, new)
-        return SequenceOutput(tuple(new), logprobs, scored, num_draft_tokens=slot.draft_len)
+        return SequenceOutput(tuple(new), logprobs, scored, num_drafter_kv_tokens=slot.draft_len)
 
     def compute(self, scheduled: ScheduledSequence, slot: Slot) -> None:
         """Writes the next position and attends to all before it."""
@@ -268,7 +268,7 @@ class FakeDevice:
         for scheduled in everyone:
             end = scheduled.start + scheduled.num_tokens
             assert len(scheduled.page_ids) >= -(-end // page_size)
-            assert self.config.draft or len(scheduled.page_ids) == -(-end // page_size)
+            assert self.config.most_drafts or len(scheduled.page_ids) == -(-end // page_size)
             assert len(scheduled.page_ids) <= self.config.max_pages_per_sequence
             first = scheduled.start
             if not scheduled.token_ids:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,17 +12,37 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.request import Request
 from jaxinfer.schedule import Schedule, StepOutput
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.speculation.draft_policy import DraftPolicy
 from tests.jaxinfer.fake_device import EOS_TOKEN_ID, TIGHT, FakeDevice, make_request, solo
+
+
+class InTurn(DraftPolicy):
+    """Now some drafts, now none: of ``period`` calls in a row those numbered ``drafted``."""
+
+    def __init__(self, config: EngineConfig, period: int, drafted: tuple[int, ...]) -> None:
+        super().__init__(config)
+        self.config, self.period, self.drafted = config, period, drafted
+        self.num_choices = 0
+
+    def choose_most(self, gains: Sequence[float | None]) -> int:
+        assert 0 < len(gains) <= self.config.max_num_seqs
+        assert all(gain is None or 1 <= gain <= self.config.num_drafts + 1 for gain in gains)
+        self.num_choices += 1
+        is_drafted = self.num_choices % self.period in self.drafted
+        return self.config.num_drafts if is_drafted else 0
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, go and run in any order, with calls sent ahead and not yet read."""
 
     config = TIGHT
+    period: int = 1
+    drafted: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(self.config)
+        policy = InTurn(self.config, self.period, self.drafted)
+        self.scheduler = Scheduler(self.config, policy)
         self.device = FakeDevice(self.config)
         self.requests: dict[tuple[str, int], Request] = {}
         self.outputs: dict[tuple[str, int], tuple[int, ...]] = {}
@@ -81,16 +102,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (request_id, choice) not in self.requests
         assert only_one or not self.scheduler.is_live(request_id)
 
-    def choose_drafts(self, gains: list[float | None]) -> int:
-        """Now some, now none, as adaptation would have it."""
-        assert 0 < len(gains) <= self.config.max_num_seqs
-        assert all(gain is None or 1 <= gain <= self.config.num_drafts + 1 for gain in gains)
-        return 0
-
     @precondition(lambda self: len(self.in_flight) < 3)
     @rule()
     def send(self) -> None:
-        schedule = self.scheduler.schedule(None, self.choose_drafts)
+        schedule = self.scheduler.schedule()
         assert schedule or self.in_flight or not self.requests, "requests, and nothing to run"
         self.in_flight.append((schedule, self.device.run(schedule)))
 
@@ -143,6 +158,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.read()
         assert not self.requests
         assert not self.scheduler.has_unfinished
+        assert self.scheduler.draft_policy.num_known == 0, "a sequence that ended is remembered"
         self.scheduler.check_integrity()
         assert self.scheduler.stats.num_free_pages == self.config.num_pages
 
@@ -161,11 +177,7 @@ class DraftsMachine(SchedulerMachine):
     config = dataclasses.replace(
         TIGHT, max_steps_per_call=2, num_pages=12, draft="ngram", num_drafts=3
     )
-    num_choices = 0
-
-    def choose_drafts(self, gains: list[float | None]) -> int:
-        self.num_choices += 1
-        return self.config.num_drafts if self.num_choices % 4 else 0
+    period, drafted = 4, (1, 2, 3)
 
 
 class DraftModelMachine(DraftsMachine):
@@ -174,10 +186,7 @@ class DraftModelMachine(DraftsMachine):
     config = dataclasses.replace(
         TIGHT, max_steps_per_call=2, num_pages=12, draft="model", num_drafts=3
     )
-
-    def choose_drafts(self, gains: list[float | None]) -> int:
-        self.num_choices += 1
-        return self.config.num_drafts if self.num_choices % 3 == 0 else 0
+    period, drafted = 3, (0,)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -14,7 +14,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.schedule import Schedule
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.speculation.draft_control import DraftControl
+from jaxinfer.speculation.draft_policy import DraftPolicy
 from tests.jaxinfer.fake_device import TIGHT, FakeDevice, make_request, solo
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
@@ -82,7 +82,7 @@ def every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Only every ``number``-th call of an engine drafts."""
     calls = itertools.count(1)
     monkeypatch.setattr(
-        DraftControl, "choose", lambda *_: 0 if next(calls) % number else NUM_DRAFTS
+        DraftPolicy, "choose_most", lambda *_: 0 if next(calls) % number else NUM_DRAFTS
     )
 
 
@@ -124,8 +124,11 @@ def test_what_it_has_not_read_is_caught_up(
 
 
 @pytest.mark.parametrize("num_drafts", [0, 3])
-def test_pages_are_known_to_have_the_drafts_part_or_not_to(num_drafts: int) -> None:
+def test_pages_are_known_to_have_the_drafts_part_or_not_to(
+    num_drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts are computed by both models; what follows by the draft only where it drafts."""
+    monkeypatch.setattr(DraftPolicy, "choose_most", lambda *_: num_drafts)
     config = dataclasses.replace(TIGHT, draft="model", num_drafts=3, adapt_drafts=False)
     scheduler, device = Scheduler(config), FakeDevice(config)
 
@@ -133,7 +136,7 @@ def test_pages_are_known_to_have_the_drafts_part_or_not_to(num_drafts: int) -> N
         scheduler.add(request)
         schedules = []
         while scheduler.has_unfinished:
-            schedules.append(scheduler.schedule(None, lambda _: num_drafts))
+            schedules.append(scheduler.schedule())
             scheduler.update(schedules[-1], device.run(schedules[-1]))
         return schedules
 
@@ -144,7 +147,7 @@ def test_pages_are_known_to_have_the_drafts_part_or_not_to(num_drafts: int) -> N
     longer = dataclasses.replace(request, request_id="b", prompt_token_ids=text, max_tokens=5)
     (chunk,) = run(longer)[0].chunks
     assert chunk.start == 16
-    assert chunk.num_draft_cached == (16 if num_drafts else 8)
+    assert chunk.num_drafter_kv_tokens == (16 if num_drafts else 8)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_a_sequence_has_as_many_drafts_as_were_right() -> None:
         engine = make(adapt_drafts=True)
         with pytest.MonkeyPatch.context() as patch:
             # Not by the clock.
-            patch.setattr(DraftControl, "choose", lambda *_: NUM_DRAFTS)
+            patch.setattr(DraftPolicy, "choose_most", lambda *_: NUM_DRAFTS)
             outputs, drafted[name], accepted = counted(engine, [request])
         assert outputs["a"] == plain
         assert (accepted == drafted[name]) == (name == "good")

@@ -20,7 +20,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.sampling import gumbel_noise
 from jaxinfer.speculation.drafts import Drafts
-from jaxinfer.speculation.rejection import DRAFT_NOISE, verified
+from jaxinfer.speculation.rejection import DRAFT_NOISE, after_rejection
 from tests.jaxinfer.speculation.test_drafting import few_shapes
 from tests.jaxinfer.test_engine import shared_engine
 from tests.jaxinfer.tiny import (
@@ -71,7 +71,7 @@ def tokens_of(target: np.ndarray, draft: np.ndarray, num_drafts: int) -> tuple[n
 
     drafts = jnp.stack([draw(draft, i, DRAFT_NOISE) for i in range(NUM_DRAFTS)], axis=1)
     sampled = jnp.stack([draw(target, i, 0) for i in range(NUM_DRAFTS + 1)], axis=1)
-    verify = jax.jit(verified)
+    verify = jax.jit(after_rejection)
     drafted = Drafts(drafts, jnp.full(NUM_ROWS, num_drafts), everywhere(draft[:NUM_DRAFTS]))
     tokens = verify(drafted, everywhere(target), sampled, positions, seeds, choices)
     is_right = np.asarray(tokens[:, :NUM_DRAFTS] == drafts) & (np.arange(NUM_DRAFTS) < num_drafts)

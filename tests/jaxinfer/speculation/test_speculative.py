@@ -11,7 +11,8 @@ import pytest
 from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
 from jaxinfer.request import FinishReason, Request, SamplingParams
-from jaxinfer.speculation.speculative import num_accepted, propose_ngrams
+from jaxinfer.speculation.acceptance import num_accepted
+from jaxinfer.speculation.ngram import propose_ngrams
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
     random_parameters,
