@@ -1,6 +1,10 @@
 """Additions are one module and one entry of a table: each is added here, and used."""
 
+import dataclasses
+import functools
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -8,14 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from checkpoints.checkpoint import Checkpoint, Quantization
+from checkpoints.converted.convert import Rounding, convert
+from checkpoints.converted.quantization import quantization_from_json, quantization_to_json
+from checkpoints.load import load_parameters, open_checkpoint
 from jaxinfer import models
+from jaxinfer.config import STORED, DtypePolicy
 from jaxinfer.engine import Engine
 from jaxinfer.models import llama
+from jaxinfer.sharding import abstract_parameters
+from jaxinfer.weights import formats
+from jaxinfer.weights.protocol import Format, QuantizedMatrix, QuantizedWeight
+from jaxinfer.weights.recorded import float_product
 from pallas_kernels import quantized_matmul, ragged_paged_attention
 from pallas_kernels.quantized_matmul import xla as matmul_xla
 from pallas_kernels.ragged_paged_attention import reference
+from tests.checkpoints.converted.test_checkpoint import Source
 from tests.jaxinfer.tiny import (
+    CPU_DTYPES,
     random_parameters,
     random_request,
     run_all,
@@ -110,3 +126,85 @@ def test_a_model_family(monkeypatch: pytest.MonkeyPatch) -> None:
     table = cast(dict[str, str], models.ARCHITECTURES)
     monkeypatch.setitem(table, "own", "own")  # the one line
     assert tokens(architecture="own") == expected
+
+
+@dataclass(frozen=True)
+class HalfFormat(Format):
+    """Half of each number, in a float dtype: a format that no other looks like."""
+
+    dtype: str = "float32"
+
+    def weight(self, matrix: Any, axes: Any, inputs: Any) -> "HalfWeight":
+        return HalfWeight(matrix, axes, inputs, self)
+
+
+class HalfWeight(QuantizedWeight):
+    """``halves`` in place of a matrix, in its own axes."""
+
+    def __init__(self, matrix: Any, axes: Any, inputs: Any, form: HalfFormat) -> None:
+        self.form, self.shape, self.inputs = form, tuple(matrix.shape), inputs
+        self.halves = nnx.Param(self.quantize(matrix)["halves"], out_sharding=axes)
+
+    def quantize(self, matrix: Any) -> Any:
+        return {"halves": (matrix / 2).astype(self.form.dtype)}
+
+    def dequantize(self, arrays: Any) -> Any:
+        return 2 * arrays["halves"]
+
+    @property
+    def matrix(self) -> "HalfMatrix":
+        return HalfMatrix(self.halves[...], self.inputs)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("halves",), meta_fields=("inputs",)
+)
+@dataclass(frozen=True)
+class HalfMatrix(QuantizedMatrix):
+    """Multiplies with twice its halves, which is exact."""
+
+    halves: jax.Array
+    inputs: tuple[int, ...]
+
+    def product(self, inputs: jax.Array) -> jax.Array:
+        matrix = 2 * self.halves
+        return float_product(inputs, matrix.T if self.inputs == (1,) else matrix)
+
+    def grouped_product(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, 2 * self.halves, sizes)
+
+    def outputs(self, indices: jax.Array) -> jax.Array:
+        of_inputs = self.halves.T if self.inputs == (0,) else self.halves
+        return 2 * of_inputs[indices]
+
+
+def loaded(source: Checkpoint, dtypes: DtypePolicy) -> Any:
+    """Returns the parameters of ``source`` in the formats of ``dtypes``, on one device."""
+    spec = tiny_spec(None, source.model, dtypes)
+    _, state = models.abstract(spec.model, dtypes, spec.mesh)
+    abstract = abstract_parameters(state, spec.mesh)
+    made = models.quantized_weights(spec.model, dtypes, spec.mesh)
+    return load_parameters(source, abstract, quantized=made)
+
+
+def test_a_weight_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From its name by a converted folder to tokens, which halving and doubling keep."""
+    table = cast(dict[str, Format], formats.FORMATS)
+    monkeypatch.setitem(table, "half", HalfFormat())  # the one line; this file is the other
+    several = Quantization(STORED, ((("lm_head",), HalfFormat("float16")),))
+    assert quantization_from_json(quantization_to_json(several)) == several
+
+    source, exact = Source("qwen3"), CPU_DTYPES
+    half = dataclasses.replace(exact, quantization="half")
+    folder = tmp_path / "half"
+    convert(source, folder, np.dtype(np.float32), {}, None, Rounding(Quantization("half")))
+    floats, halves = loaded(source, exact), loaded(open_checkpoint(folder), half)
+    np.testing.assert_array_equal(halves["lm_head"]["halves"], floats["lm_head"] / 2)
+
+    def answers(dtypes: DtypePolicy, parameters: Any) -> Any:
+        engine = Engine(tiny_spec(tiny_config(), source.model, dtypes))
+        engine.compile(shapes=engine.shapes[-1:])
+        engine.start(parameters)
+        return run_all(engine, REQUESTS)
+
+    assert answers(half, halves) == answers(exact, floats)

@@ -6,7 +6,7 @@ from typing import Any
 from checkpoints.checkpoint import Quantization
 from checkpoints.converted.dataclass_json import from_json, to_json
 from jaxinfer.config import STORED
-from jaxinfer.weights import Float8Format, Format, GroupedFormat, Int8Format, parse_format
+from jaxinfer.weights import Format, kinds_of_formats, parse_format
 
 MAX_PATH = 8
 
@@ -42,9 +42,7 @@ def _read_entry(entry: object) -> tuple[tuple[str | int, ...], Format]:
     if not isinstance(entry, Mapping) or not is_path or len(path or ()) > MAX_PATH:
         raise ValueError(f"quantization.formats: an entry needs a path, got {entry!r:.80}")
     form = entry.get("format")
-    kinds: dict[str, type[Format]] = {
-        of.__name__: of for of in (Int8Format, GroupedFormat, Float8Format)
-    }
+    kinds = kinds_of_formats()
     fields = dict(form) if isinstance(form, Mapping) else {}
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxinfer.weights import GroupedFormat, Int8Format, Integers
-from jaxinfer.weights.formats import GROUPS
+from jaxinfer.weights.integers import GROUPS
 
 StoredFormat = Int8Format | GroupedFormat
 

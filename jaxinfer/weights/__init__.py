@@ -5,7 +5,7 @@ back is a plain parameter or a module whose class knows its arrays, how to make 
 multiply with them; models, sharding and checkpoints know no format by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,37 +15,21 @@ from flax import nnx
 from jaxinfer.config import DtypePolicy
 from jaxinfer.declaration import Declaration, declaration_of
 from jaxinfer.sharding import RULES
-from jaxinfer.weights.float8 import Float8Matrix, Float8Weight
-from jaxinfer.weights.formats import (
-    FORMATS,
-    Float8Format,
-    Format,
-    GroupedFormat,
-    Int8Format,
-    check_device,
-    parse_format,
-)
-from jaxinfer.weights.grouped import GroupedMatrix, GroupedWeight
-from jaxinfer.weights.int8 import Int8Matrix, Int8Weight
+from jaxinfer.weights.formats import FORMATS, kinds_of_formats, parse_format
+from jaxinfer.weights.grouped import GroupedFormat
+from jaxinfer.weights.int8 import Int8Format
 from jaxinfer.weights.integers import Integers
+from jaxinfer.weights.protocol import Format, QuantizedMatrix, QuantizedWeight
 from jaxinfer.weights.recorded import RecordedMatrix, float_product
 
 __all__ = ["FORMATS", "Format", "GroupedFormat", "Int8Format", "Integers", "MatrixPath"]
-__all__ += ["QuantizedWeight", "Weight", "check_device", "declare", "grouped_product", "matrix"]
-__all__ += ["multiplies_floats", "outputs", "parse_format", "product", "quantize_module"]
-__all__ += ["Float8Format", "quantized_weights", "record_rows"]
+__all__ += ["QuantizedWeight", "Weight", "declare", "grouped_product", "kinds_of_formats"]
+__all__ += ["matrix", "multiplies_floats", "outputs", "parse_format", "product"]
+__all__ += ["quantize_module", "quantized_weights", "record_rows"]
 
-QuantizedWeight = Int8Weight | GroupedWeight | Float8Weight
-QuantizedMatrix = Int8Matrix | GroupedMatrix | Float8Matrix
 Weight = nnx.Param[jax.Array] | QuantizedWeight
 Matrix = jax.Array | QuantizedMatrix
 MatrixPath = tuple[str | int, ...]
-
-_WEIGHTS: Mapping[type, Callable[..., QuantizedWeight]] = {
-    Int8Format: Int8Weight,
-    GroupedFormat: GroupedWeight,
-    Float8Format: Float8Weight,
-}
 
 
 def declare(rngs: nnx.Rngs, dtypes: DtypePolicy, declaration: Declaration) -> Any:
@@ -75,7 +59,7 @@ def quantize_module(module: Any, dtypes: DtypePolicy, num_devices: int = 1) -> N
         try:
             declaration = declaration_of(declared)
             axes, inputs = declaration.axes, declaration.inputs
-            weight = _WEIGHTS[type(form)](declared.get_value(), axes, inputs, form)
+            weight = form.weight(declared.get_value(), axes, inputs)
             if axes[inputs[0]] in RULES:
                 weight.check_division(num_devices)
         except ValueError as error:
@@ -124,7 +108,7 @@ def multiplies_floats(dtypes: DtypePolicy) -> bool:
     if dtypes.quantization is None:
         return True
     forms = [form for _, form in dtypes.matrix_formats] or [parse_format(dtypes.quantization)]
-    return not any(isinstance(f, Int8Format) and f.activation_group is None for f in forms)
+    return not any(form.multiplies_integers for form in forms)
 
 
 def matrix(weight: Weight) -> Matrix:

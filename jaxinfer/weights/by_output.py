@@ -1,6 +1,5 @@
 """Matrices of small numbers with one scale for each output, whatever these numbers are."""
 
-import abc
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +9,10 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.weights.integers import Integers
+from jaxinfer.weights.protocol import Array, QuantizedWeight
 
-Array = np.ndarray | jax.Array
 
-
-class OutputScaledWeight(nnx.Module):
+class OutputScaledWeight(QuantizedWeight):
     """``values`` [O..., I] and ``scales`` float32 [O...] in place of a matrix.
 
     ``inputs`` are the axes of the matrix that a product sums over, next to each other; they come
@@ -36,14 +34,6 @@ class OutputScaledWeight(nnx.Module):
         outputs = tuple(axis for i, axis in enumerate(axes) if i not in inputs)
         self.values = nnx.Param(arrays["values"], out_sharding=(*outputs, axes[inputs[0]]))
         self.scales = nnx.Param(arrays["scales"], out_sharding=outputs)
-
-    @abc.abstractmethod
-    def check_division(self, num_devices: int) -> None:
-        """Raises ``ValueError`` where inputs cannot be divided over devices."""
-
-    @abc.abstractmethod
-    def quantize(self, matrix: Array) -> Mapping[str, Any]:
-        """``values`` and ``scales`` of a matrix, numpy's for numpy's."""
 
     def dequantize(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """The matrix that ``values`` and ``scales`` stand for, in float32 and its own axes."""

@@ -5,6 +5,7 @@ w = e4m3(w / s) s with s = max |w| / 448 over the inputs of an output (Micikevic
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,41 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.weights.by_output import Array, OutputScaledWeight
+from jaxinfer.weights.by_output import OutputScaledWeight
+from jaxinfer.weights.protocol import Array, Format, QuantizedMatrix
 from pallas_kernels.quantized_matmul import float8_matmul
 
 _LARGEST = np.float32(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
 
 
+@dataclass(frozen=True)
+class Float8Format(Format):
+    """8-bit floats (e4m3) with a float32 scale for each output, times activations in 8-bit floats.
+
+    For devices that multiply them: see ``check_device``.
+    """
+
+    def weight(
+        self, matrix: jax.Array, axes: tuple[str | None, ...], inputs: tuple[int, ...]
+    ) -> "Float8Weight":
+        """Returns ``matrix`` in this format."""
+        return Float8Weight(matrix, axes, inputs, self)
+
+    def check_device(self, name: str, device: Any) -> None:
+        """Raises ``ValueError`` for a ``device`` that has no products of 8-bit floats."""
+        if device.platform == "gpu":
+            has_float8 = float(device.compute_capability) >= 8.9
+        else:
+            has_float8 = device.platform == "tpu" and re.search(r"TPU ?v?7", device.device_kind)
+        if not has_float8:
+            raise ValueError(
+                f"{name} needs products of 8-bit floats: NVIDIA GPUs of compute capability 8.9 or "
+                f"more, TPU v7; this is {device.device_kind or device.platform}: give int8"
+            )
+
+
 class Float8Weight(OutputScaledWeight):
     """``values`` float8_e4m3fn [O..., I] and ``scales`` float32 [O...]."""
-
-    def check_division(self, num_devices: int) -> None:
-        """Inputs are in no groups: any number of devices will do."""
 
     def quantize(self, matrix: Array) -> Mapping[str, Any]:
         """``values`` and ``scales`` of a matrix, numpy's for numpy's."""
@@ -44,7 +69,7 @@ class Float8Weight(OutputScaledWeight):
     jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=()
 )
 @dataclass(frozen=True)
-class Float8Matrix:
+class Float8Matrix(QuantizedMatrix):
     """``values`` float8_e4m3fn [O..., I] and ``scales`` float32 [O...]."""
 
     values: jax.Array

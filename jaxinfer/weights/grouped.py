@@ -16,18 +16,48 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.sharding import RULES
-from jaxinfer.weights.formats import GROUPS, GroupedFormat
-from jaxinfer.weights.integers import Integers
+from jaxinfer.weights.integers import GROUPS, Integers
+from jaxinfer.weights.protocol import (
+    Array,
+    Format,
+    QuantizedMatrix,
+    QuantizedWeight,
+    check_field,
+)
 from jaxinfer.weights.rounding import nearest, steps_of_groups
 from jaxinfer.weights.split import ProductAxes, split_product
 from pallas_kernels.quantized_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul.nibbles import pack_nibbles, unpack_nibbles
 from pallas_kernels.quantized_matmul.reference import dequantized
 
-Array = np.ndarray | jax.Array
+
+@dataclass(frozen=True)
+class GroupedFormat(Format):
+    """Integers of ``bits`` with a scale for each ``group`` inputs of an output.
+
+    ``scales`` and ``minimums`` are dtypes; without ``minimums`` integers are symmetric.
+    """
+
+    bits: int
+    group: int
+    minimums: str | None = None
+    scales: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for what there is not."""
+        check_field("bits", self.bits, (4, 8))
+        check_field("group", self.group, GROUPS)
+        check_field("minimums", self.minimums, (None, "float16", "float32"))
+        check_field("scales", self.scales, ("float16", "float32"))
+
+    def weight(
+        self, matrix: jax.Array, axes: tuple[str | None, ...], inputs: tuple[int, ...]
+    ) -> "GroupedWeight":
+        """Returns ``matrix`` in this format, or in smaller groups of it where none else fit."""
+        return GroupedWeight(matrix, axes, inputs, self)
 
 
-class GroupedWeight(nnx.Module):
+class GroupedWeight(QuantizedWeight):
     """``values``, ``scales`` and perhaps ``minimums`` in place of a matrix: see ``grouped_matmul``.
 
     The axes are the matrix's, those summed over (``inputs``, next to each other) as one, which is
@@ -141,7 +171,7 @@ class GroupedWeight(nnx.Module):
     meta_fields=("axes", "num_behind", "merged"),
 )
 @dataclass(frozen=True)
-class GroupedMatrix:
+class GroupedMatrix(QuantizedMatrix):
     """The arrays of ``grouped_matmul``; the axis of inputs has ``num_behind`` others behind it.
 
     ``merged``: sizes of outputs that are one axis with the one before them.

@@ -13,10 +13,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.weights.by_output import Array, OutputScaledWeight
-from jaxinfer.weights.formats import Int8Format
+from jaxinfer.weights.by_output import OutputScaledWeight
+from jaxinfer.weights.integers import GROUPS
+from jaxinfer.weights.protocol import Array, Format, QuantizedMatrix, check_field
 from jaxinfer.weights.split import ProductAxes, split_product
 from pallas_kernels.quantized_matmul import int8_matmul
+
+
+@dataclass(frozen=True)
+class Int8Format(Format):
+    """8-bit integers with a float32 scale for each output.
+
+    ``activation_bits`` and ``activation_group``: see ``int8_matmul``.
+    """
+
+    activation_bits: int = 16
+    activation_group: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for what there is not."""
+        check_field("activation_bits", self.activation_bits, (8, 16))
+        check_field("activation_group", self.activation_group, (None, *GROUPS))
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Tells if activations have one scale for all inputs: XLA:CPU rounds them to integers."""
+        return self.activation_group is None
+
+    def weight(
+        self, matrix: jax.Array, axes: tuple[str | None, ...], inputs: tuple[int, ...]
+    ) -> "Int8Weight":
+        """Returns ``matrix`` in this format."""
+        return Int8Weight(matrix, axes, inputs, self)
 
 
 class Int8Weight(OutputScaledWeight):
@@ -55,7 +83,7 @@ class Int8Weight(OutputScaledWeight):
     meta_fields=("axes", "activation_bits", "activation_group"),
 )
 @dataclass(frozen=True)
-class Int8Matrix:
+class Int8Matrix(QuantizedMatrix):
     """``values`` int8 [O..., I] and ``scales`` float32 [O...], the transpose of a matrix.
 
     The others: see ``int8_matmul``.

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Sizes of groups of inputs that there are formats and kernels for.
+GROUPS = (8, 16, 32, 64, 128)
+
 
 @dataclass(frozen=True)
 class Integers:

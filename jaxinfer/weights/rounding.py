@@ -4,15 +4,26 @@
 numpy's or JAX's, and what is made of them is of the same kind.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.weights.formats import GroupedFormat
+
+class GroupNumbers(Protocol):
+    """Integers of 4 or 8 ``bits``, and the dtypes of their ``scales`` and ``minimums``."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def scales(self) -> str: ...
+
+    @property
+    def minimums(self) -> str | None: ...
 
 
-def steps_of_groups(groups: Any, form: GroupedFormat, axis: int) -> tuple[Any, Any]:
+def steps_of_groups(groups: Any, form: GroupNumbers, axis: int) -> tuple[Any, Any]:
     """Scales, and minimums or None, in the dtypes of ``form``; ``axis`` is that of the members."""
     numpy = _numpy(groups)
     groups = groups.astype(numpy.float32)
@@ -31,7 +42,7 @@ def steps_of_groups(groups: Any, form: GroupedFormat, axis: int) -> tuple[Any, A
     return rounded(numpy.maximum(numpy.abs(low), numpy.abs(high)) / 127), None
 
 
-def nearest(groups: Any, scales: Any, minimums: Any, form: GroupedFormat) -> Any:
+def nearest(groups: Any, scales: Any, minimums: Any, form: GroupNumbers) -> Any:
     """int8, the integers of ``form`` that stand for the nearest numbers."""
     numpy = _numpy(groups)
     steps = scales.astype(numpy.float32)
@@ -49,7 +60,7 @@ def numbers(integers: Any, scales: Any, minimums: Any) -> Any:
     return found if minimums is None else found + minimums.astype(numpy.float32)
 
 
-def _levels(form: GroupedFormat) -> tuple[int, int]:
+def _levels(form: GroupNumbers) -> tuple[int, int]:
     if form.minimums is not None:
         return 0, 15 if form.bits == 4 else 127
     return (-8, 7) if form.bits == 4 else (-127, 127)

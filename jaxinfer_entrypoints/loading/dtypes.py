@@ -6,7 +6,7 @@ from typing import Any
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.stored import require_stored_formats
 from jaxinfer.config import STORED, DtypePolicy
-from jaxinfer.weights import check_device
+from jaxinfer.weights import FORMATS
 from jaxinfer_entrypoints.loading.options import LoadOptions
 
 
@@ -28,8 +28,8 @@ def pick_dtypes(options: LoadOptions, checkpoint: Checkpoint | None, device: Any
         name, formats = made.name, made.formats
     else:
         name = None if asked == "none" else asked
-        if name is not None:
-            check_device(name, device)
+        if name is not None and name in FORMATS:
+            FORMATS[name].check_device(name, device)
         formats = require_stored_formats(options.model, checkpoint) if name == STORED else ()
     return dataclasses.replace(dtypes, quantization=name, matrix_formats=formats)
 

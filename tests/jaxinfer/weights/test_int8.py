@@ -8,8 +8,7 @@ from flax import nnx
 
 from jaxinfer import weights
 from jaxinfer.config import DtypePolicy
-from jaxinfer.weights.formats import Int8Format
-from jaxinfer.weights.int8 import Int8Matrix
+from jaxinfer.weights.int8 import Int8Format, Int8Matrix
 from tests.jaxinfer.weights.declared import PLAIN, holder, policy_of
 
 INT8 = policy_of("int8")
