@@ -212,6 +212,11 @@ MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 # What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
 KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
 
+# Of XLA. With more of them XLA:CPU divides the sums of a product between them, by a rule that looks
+# at the number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2
+# and 4.
+MAX_CPU_THREADS = 4
+
 # As the checkpoint stores them: a name of what is no format but many.
 STORED = "checkpoint"
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
-from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.config import MAX_CPU_THREADS, DtypePolicy, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.host_clock import HostClock
 from jaxinfer.request import Request
@@ -33,10 +33,6 @@ from jaxinfer.step import Parameters
 from jaxinfer.step_state import StepResult, StepState, abstract_state
 
 Progress = Callable[[int, int], None]
-
-# With more threads XLA:CPU divides the sums of a product between them, by a rule that looks at the
-# number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2 and 4.
-MAX_CPU_THREADS = 4
 
 
 @dataclass(frozen=True)
