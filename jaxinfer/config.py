@@ -212,6 +212,9 @@ MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 # What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
 KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
 
+# Far above what devices hold; EngineConfig refuses more.
+MAX_PAGES = 1 << 24
+
 # Of XLA. With more of them XLA:CPU divides the sums of a product between them, by a rule that looks
 # at the number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2
 # and 4.
@@ -316,7 +319,7 @@ class EngineConfig:
             "max_num_batched_tokens": (self.chunk_tile, 65536),
             "max_model_len": (2, 1 << 20),
             "page_size": (1, 1024),
-            "num_pages": (1, 1 << 24),
+            "num_pages": (1, MAX_PAGES),
             "chunk_tile": (8, 512),
             "max_steps_per_call": (1, 256),
             "priority_seconds": (0, 86400),
@@ -368,3 +371,8 @@ class EngineConfig:
     def max_pages_per_sequence(self) -> int:
         """P: width of the page table."""
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def max_pages_of_slots(self) -> int:
+        """Returns how many pages all slots together can hold at once."""
+        return self.max_num_seqs * self.max_pages_per_sequence

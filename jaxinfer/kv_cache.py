@@ -4,14 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import MAX_PAGES, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import named_sharding, num_tensor_devices, physical_model
 from pallas_kernels import ragged_paged_attention as attention_kernels
 from pallas_kernels.ragged_paged_attention import KVPages
-
-# EngineConfig refuses more.
-MAX_PAGES = 1 << 24
 
 # Names for people -> how pages hold it; the others are dtypes themselves.
 _STORED = {"fp8": "uint8"}
@@ -86,8 +83,7 @@ def plan_num_pages(spec: EngineSpec, memory_bytes: int) -> int:
     """
     config = spec.config
     fitting = memory_bytes // bytes_per_page(spec)
-    most = config.max_num_seqs * config.max_pages_per_sequence
-    return min(fitting, MAX_PAGES if config.prefix_cache else most)
+    return min(fitting, MAX_PAGES if config.prefix_cache else config.max_pages_of_slots)
 
 
 def _num_bytes(pages: tuple[KVPages, ...]) -> int:

@@ -76,6 +76,12 @@ def plan_memory(spec: EngineSpec) -> MemoryPlan:
     )
 
 
+def smallest_plan(spec: EngineSpec) -> MemoryPlan:
+    """The plan with pages for one sequence of ``max_model_len``: what fits holds at least this."""
+    smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
+    return plan_memory(dataclasses.replace(spec, config=smallest))
+
+
 def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
     """Bytes of a model's parameters on each device, from its declarations."""
     _, state = models.abstract(model, dtypes, mesh)
