@@ -4,7 +4,7 @@ Field names are those of a Hugging Face ``config.json`` where one exists.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxinfer.drafters import NOBODY, DrafterTraits, drafter_traits
 
@@ -209,8 +209,15 @@ AnyTokenizer = TokenizerSpec | SentencePieceSpec | TokenizerJson
 # Paths of parameters, and the format of each (jaxinfer/weights).
 MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 
+# What a model may run in.
+DTYPES = ("float32", "bfloat16")
+
 # What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
-KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
+KV_DTYPES = (*DTYPES, "int8", "fp8")
+
+# Rules by which a draft is accepted, see EngineConfig.
+Verification = Literal["exact", "rejection"]
+VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 
 # Far above what devices hold; EngineConfig refuses more.
 MAX_PAGES = 1 << 24
@@ -256,8 +263,8 @@ class DtypePolicy:
         """
         if dtype is None:
             dtype = "float32" if platform == "cpu" else "bfloat16"
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
         return DtypePolicy(dtype, dtype, kv_dtype or dtype)
@@ -311,7 +318,7 @@ class EngineConfig:
     num_drafts: int = 7
     max_draft_seqs: int = 8
     adapt_drafts: bool = True
-    verify: Literal["exact", "rejection"] = "exact"
+    verify: Verification = "exact"
 
     def __post_init__(self) -> None:
         limits = {

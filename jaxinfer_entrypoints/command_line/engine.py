@@ -8,9 +8,9 @@ from typing import Any
 from checkpoints.configs import configured_models
 from checkpoints.fetch.catalog import CATALOG
 from checkpoints.stored import QUANTIZATIONS
-from jaxinfer.config import KV_DTYPES, EngineConfig
+from jaxinfer.config import DTYPES, KV_DTYPES, VERIFICATIONS, EngineConfig
 from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
-from jaxinfer_entrypoints.loading.options import DTYPES, VERIFICATIONS, LoadOptions
+from jaxinfer_entrypoints.loading.options import MAX_DEVICES, MAX_KV_MEMORY, LoadOptions
 from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 
@@ -186,13 +186,13 @@ def parse_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"not a size: {text!r}; write 512MiB or 4GiB")
     number, prefix, binary = match.groups()
     size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
-    if not 1 <= size <= 1 << 50:
+    if not 1 <= size <= MAX_KV_MEMORY:
         raise argparse.ArgumentTypeError(f"must be between 1 byte and 1 PiB, got {text!r}")
     return int(size)
 
 
 def parse_count(text: str) -> int:
     """A positive number of devices, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_DEVICES:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
     return int(text)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jaxinfer.config import DtypePolicy
+from jaxinfer.config import DTYPES, DtypePolicy
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import can_divide_heads, make_mesh
 from jaxinfer_entrypoints.loading.sizes import TPU_KV_FRACTION, DoesNotFitError
@@ -64,7 +64,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
 def _smaller(dtypes: DtypePolicy) -> Iterator[tuple[DtypePolicy, str]]:
     """Policies that take less memory, with the flags that ask for them: pages, matrices, both."""
     pages = dataclasses.replace(dtypes, kv_cache=SMALLER)
-    has_pages = dtypes.kv_cache in ("float32", "bfloat16")
+    has_pages = dtypes.kv_cache in DTYPES
     if has_pages:
         yield pages, f"--kv-dtype {SMALLER}"
     if dtypes.quantization is None:
