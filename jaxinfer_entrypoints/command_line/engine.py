@@ -11,7 +11,7 @@ from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import DTYPES, KV_DTYPES, VERIFICATIONS, EngineConfig
 from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
 from jaxinfer_entrypoints.loading.options import MAX_DEVICES, MAX_KV_MEMORY, LoadOptions
-from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN
+from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN, DEFAULT_PAGE_SIZES
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 
 
@@ -66,9 +66,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help=f"longest prompt plus output, in tokens (default: the model's context, "
         f"at most {DEFAULT_MAX_MODEL_LEN})",
     )
-    group.add_argument(
-        "--page-size", type=int, help="tokens a KV page (default: 16 on CPU, 64 on GPU, 128 on TPU)"
-    )
+    page_sizes = ", ".join(f"{n} on {name.upper()}" for name, n in DEFAULT_PAGE_SIZES.items())
+    group.add_argument("--page-size", type=int, help=f"tokens a KV page (default: {page_sizes})")
     group.add_argument(
         "--max-steps-per-call",
         type=int,

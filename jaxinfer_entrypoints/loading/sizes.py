@@ -14,6 +14,9 @@ from jaxinfer_entrypoints.memory.usage import free_bytes
 from pallas_kernels.ragged_paged_attention import check_platform
 
 DEFAULT_MAX_MODEL_LEN = 8192
+# Tokens a page. On TPU as many as a register has lanes, for quantized pages need that; platforms
+# that are not listed are as TPUs.
+DEFAULT_PAGE_SIZES = {"cpu": 16, "gpu": 64, "tpu": 128}
 # On CPU at most this, and at most this part of what the parameters leave free: others work there.
 DEFAULT_CPU_KV_BYTES = 1 << 30
 CPU_KV_FRACTION = 0.5
@@ -57,7 +60,7 @@ def engine_config(
     if max_model_len is None:
         max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
     if page_size is None:
-        page_size = {"cpu": 16, "gpu": 64}.get(device.platform, 128)
+        page_size = DEFAULT_PAGE_SIZES.get(device.platform, DEFAULT_PAGE_SIZES["tpu"])
     steps = options.max_steps_per_call
     if steps is None:
         # A step of a small model on an accelerator takes less time than sending it.
