@@ -21,8 +21,7 @@ from jaxinfer.sharding import (
 )
 from jaxinfer.step_state import StepState, abstract_state
 from jaxinfer_entrypoints.loading.assembly import Plan
-
-MIB = 1 << 20
+from jaxinfer_entrypoints.machine.units import MIB
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from jaxinfer.sharding import can_divide_heads, make_mesh
 from jaxinfer_entrypoints.loading.sizes import TPU_KV_FRACTION, DoesNotFitError
 from jaxinfer_entrypoints.machine.tpu_targets import GENERATIONS, TpuGeneration, TpuTarget
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
-from jaxinfer_entrypoints.memory.plan import MIB, smallest_plan
+from jaxinfer_entrypoints.machine.units import MIB
+from jaxinfer_entrypoints.memory.plan import smallest_plan
 
 # Tokens: with less no model is of use.
 SHORTEST = 1024

@@ -12,9 +12,9 @@ from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import abstract_parameters, device_bytes, num_tensor_devices, physical_model
 from jaxinfer.step_state import abstract_state
+from jaxinfer_entrypoints.machine.units import MIB
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages
 
-MIB = 1 << 20
 # Code of a program, from above, as the compiler of libtpu 0.0.48 made it for 2 to 32 layers.
 DECODES_CODE = 8 * MIB
 TILES_CODE = 16 * MIB
