@@ -17,6 +17,9 @@ from jaxinfer.sampling_columns import OptionColumns, SamplingColumns
 from jaxinfer.schedule import Schedule, ScheduledSequence
 
 MAX_ENDING_TOKENS = int(LIMITS["num_ending_token_ids"].high)
+# A step has this many rows of decodes at least, padding included: matrix products with fewer rows
+# take another code path on XLA:CPU, and a row's bits would depend on how many neighbours it has.
+MIN_DECODE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,25 @@ class Batch:
 def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """The shapes that are compiled, smallest first; at most ten without drafts.
 
-    At least 8 decode rows, padding included: matrix products with fewer rows take another code
-    path on XLA:CPU, and a row's bits would depend on how many neighbours it has. So the drafts of
-    a single sequence may take the place of padding, and cost nothing.
+    None has fewer than ``MIN_DECODE_ROWS``. So the drafts of a single sequence may take the place
+    of padding, and cost nothing.
     """
-    most = -(-config.max_num_seqs // 8) * 8
-    decodes = [8] if most == 8 else [8, most]
+    decodes = sorted({MIN_DECODE_ROWS, padded_decodes(config.max_num_seqs)})
     counts = (0, *config.tile_counts)
     plain = [BatchShape(rows, count) for rows in decodes for count in counts]
     num_drafts = config.most_drafts
     if not num_drafts:
         return tuple(plain)
-    fewest = -(-8 // (num_drafts + 1))
+    fewest = -(-MIN_DECODE_ROWS // (num_drafts + 1))
     most = max(fewest, min(config.max_draft_seqs, config.max_num_seqs))
     fewer = sorted({rows for rows in (fewest, most // 2) if fewest <= rows < most})
     alone = [BatchShape(rows, 0, num_drafts) for rows in fewer]
     return (*plain, *alone, *(BatchShape(most, count, num_drafts) for count in counts))
+
+
+def padded_decodes(num_seqs: int) -> int:
+    """Rounds ``num_seqs`` up to the decodes that a step without drafts is compiled for."""
+    return -(-num_seqs // MIN_DECODE_ROWS) * MIN_DECODE_ROWS
 
 
 def fitting_shape(

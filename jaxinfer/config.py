@@ -4,7 +4,7 @@ Field names are those of a Hugging Face ``config.json`` where one exists.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxinfer.drafters import NOBODY, DrafterTraits, drafter_traits
 
@@ -209,8 +209,23 @@ AnyTokenizer = TokenizerSpec | SentencePieceSpec | TokenizerJson
 # Paths of parameters, and the format of each (jaxinfer/weights).
 MatrixFormats = tuple[tuple[tuple[str | int, ...], Any], ...]
 
+# What a model may run in.
+DTYPES = ("float32", "bfloat16")
+
 # What keys and values may be held in; int8 and fp8 (e4m3) with a scale a token and head.
-KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
+KV_DTYPES = (*DTYPES, "int8", "fp8")
+
+# Rules by which a draft is accepted, see EngineConfig.
+Verification = Literal["exact", "rejection"]
+VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
+
+# Far above what devices hold; EngineConfig refuses more.
+MAX_PAGES = 1 << 24
+
+# Of XLA. With more of them XLA:CPU divides the sums of a product between them, by a rule that looks
+# at the number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2
+# and 4.
+MAX_CPU_THREADS = 4
 
 # As the checkpoint stores them: a name of what is no format but many.
 STORED = "checkpoint"
@@ -248,8 +263,8 @@ class DtypePolicy:
         """
         if dtype is None:
             dtype = "float32" if platform == "cpu" else "bfloat16"
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
         return DtypePolicy(dtype, dtype, kv_dtype or dtype)
@@ -303,7 +318,7 @@ class EngineConfig:
     num_drafts: int = 7
     max_draft_seqs: int = 8
     adapt_drafts: bool = True
-    verify: Literal["exact", "rejection"] = "exact"
+    verify: Verification = "exact"
 
     def __post_init__(self) -> None:
         limits = {
@@ -311,7 +326,7 @@ class EngineConfig:
             "max_num_batched_tokens": (self.chunk_tile, 65536),
             "max_model_len": (2, 1 << 20),
             "page_size": (1, 1024),
-            "num_pages": (1, 1 << 24),
+            "num_pages": (1, MAX_PAGES),
             "chunk_tile": (8, 512),
             "max_steps_per_call": (1, 256),
             "priority_seconds": (0, 86400),
@@ -363,3 +378,8 @@ class EngineConfig:
     def max_pages_per_sequence(self) -> int:
         """P: width of the page table."""
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def max_pages_of_slots(self) -> int:
+        """Returns how many pages all slots together can hold at once."""
+        return self.max_num_seqs * self.max_pages_per_sequence

@@ -1,7 +1,6 @@
 """The engine: requests in, tokens out. The one place where host scheduling meets device state."""
 
 import dataclasses
-import math
 import os
 import time
 import warnings
@@ -18,14 +17,15 @@ import jax.numpy as jnp
 from jaxinfer import models
 from jaxinfer import step as step_program
 from jaxinfer.batch import BatchShape, Packer, batch_shapes, fitting_shape
-from jaxinfer.config import DtypePolicy, ModelConfig
+from jaxinfer.config import MAX_CPU_THREADS, DtypePolicy, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.host_clock import HostClock
+from jaxinfer.kv_cache import num_bytes
 from jaxinfer.request import Request
 from jaxinfer.results import read_result
 from jaxinfer.schedule import EngineStats, RequestOutput, Schedule
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.sharding import abstract_parameters
+from jaxinfer.sharding import abstract_parameters, device_bytes
 from jaxinfer.slot_upload import lower_set_slot, slot_upload
 from jaxinfer.speculation.draft_policy import DraftPolicy
 from jaxinfer.speculation.drafter import TargetAndDraft
@@ -33,10 +33,6 @@ from jaxinfer.step import Parameters
 from jaxinfer.step_state import StepResult, StepState, abstract_state
 
 Progress = Callable[[int, int], None]
-
-# With more threads XLA:CPU divides the sums of a product between them, by a rule that looks at the
-# number of rows: a row's bits would depend on its neighbours. Found so with 16, not with 2 and 4.
-MAX_CPU_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache over all devices."""
         state = self._abstract_state
-        pages = jax.tree.leaves((state.kv_pages, state.draft_kv_pages))
-        return sum(array.size * array.dtype.itemsize for array in pages)
+        return num_bytes((*state.kv_pages, *state.draft_kv_pages))
 
     @property
     def programs(self) -> Mapping[BatchShape, Any]:
@@ -118,9 +113,9 @@ class Engine:
         """Returns the bytes that the engine keeps on each of its devices, by kind."""
         state = self._abstract_state
         return {
-            "parameters": _device_bytes((self.abstract_parameters, self.abstract_draft_parameters)),
-            "kv cache": _device_bytes((state.kv_pages, state.draft_kv_pages)),
-            "slots": _device_bytes(dataclasses.replace(state, kv_pages=(), draft_kv_pages=())),
+            "parameters": device_bytes((self.abstract_parameters, self.abstract_draft_parameters)),
+            "kv cache": device_bytes((state.kv_pages, state.draft_kv_pages)),
+            "slots": device_bytes(dataclasses.replace(state, kv_pages=(), draft_kv_pages=())),
             "temporaries": max(self.memory_by_program.values(), default=0),
         }
 
@@ -313,13 +308,6 @@ def _warn_of_many_threads() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _device_bytes(tree: Any) -> int:
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def check_parameters(wanted: Parameters, given: Parameters) -> None:

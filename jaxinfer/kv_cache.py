@@ -4,14 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import MAX_PAGES, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import named_sharding, num_tensor_devices, physical_model
 from pallas_kernels import ragged_paged_attention as attention_kernels
 from pallas_kernels.ragged_paged_attention import KVPages
-
-# EngineConfig refuses more.
-MAX_PAGES = 1 << 24
 
 # Names for people -> how pages hold it; the others are dtypes themselves.
 _STORED = {"fp8": "uint8"}
@@ -27,7 +24,7 @@ def page_bytes(
 
     Keys and values, copies of kv heads and what fills up lanes too.
     """
-    return _num_bytes(abstract_kv_pages(model, 1, page_size, dtype, mesh, attention))
+    return num_bytes(abstract_kv_pages(model, 1, page_size, dtype, mesh, attention))
 
 
 def abstract_kv_pages(
@@ -75,7 +72,7 @@ def bytes_per_page(spec: EngineSpec) -> int:
     """Returns the bytes of one page over all layers and devices, the drafter's part too."""
     config, dtype = spec.config, spec.dtypes.kv_cache
     target = page_bytes(spec.model, config.page_size, dtype, spec.mesh, config.attention)
-    return target + _num_bytes(abstract_drafter_pages(spec, 1))
+    return target + num_bytes(abstract_drafter_pages(spec, 1))
 
 
 def plan_num_pages(spec: EngineSpec, memory_bytes: int) -> int:
@@ -86,9 +83,9 @@ def plan_num_pages(spec: EngineSpec, memory_bytes: int) -> int:
     """
     config = spec.config
     fitting = memory_bytes // bytes_per_page(spec)
-    most = config.max_num_seqs * config.max_pages_per_sequence
-    return min(fitting, MAX_PAGES if config.prefix_cache else most)
+    return min(fitting, MAX_PAGES if config.prefix_cache else config.max_pages_of_slots)
 
 
-def _num_bytes(pages: tuple[KVPages, ...]) -> int:
+def num_bytes(pages: tuple[KVPages, ...]) -> int:
+    """Returns the bytes of pages over all devices."""
     return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(pages))

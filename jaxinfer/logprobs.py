@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.request import LIMITS
 from jaxinfer.row_log import row_log
 
-NUM_TOP = 20  # request.LIMITS["logprobs"]
+# As many as a request may ask for.
+NUM_TOP = int(LIMITS["logprobs"].high)
 SUM_BLOCK_TOKENS = 1024
 
 

@@ -7,6 +7,7 @@ D head dim, F ffn, V vocab, X experts, N devices.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,6 +111,14 @@ def place(array: np.ndarray | jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Ar
     moved = jax.device_put(array, wanted.sharding, may_alias=True)
     format_: Any = wanted.format
     return moved if format_.layout is None else jax.device_put(moved, format_)
+
+
+def device_bytes(arrays: Any) -> int:
+    """Returns the bytes that a tree of placed or abstract arrays takes on each of its devices."""
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(arrays)
+    )
 
 
 def physical_model(model: ModelConfig, num_devices: int) -> ModelConfig:

@@ -18,10 +18,10 @@ from typing import Any
 
 from jaxinfer_entrypoints.diagnosis import machine as doctor_machine
 from jaxinfer_entrypoints.diagnosis.problems import find_problems
+from jaxinfer_entrypoints.machine.units import GIB, KIB, MIB
 
 PLATFORM_FLAGS = ("cpu", "gpu", "tpu")
 DEFAULT_SECONDS = 120.0
-GIB = 1 << 30
 
 
 def main() -> None:
@@ -242,7 +242,7 @@ def size(num_bytes: int | None) -> str:
     """Bytes in the unit that reads best."""
     if num_bytes is None:
         return "unknown"
-    for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
     return f"{num_bytes} B"

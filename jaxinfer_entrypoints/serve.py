@@ -89,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Serve a model over gRPC.")
     add_engine_options(parser)
+    defaults = ServerOptions()
     group = parser.add_argument_group("server")
     group.add_argument(
         "--data-parallel",
@@ -97,14 +98,17 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="replicas of the model, each on devices of its own (default: %(default)s)",
     )
-    group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    group.add_argument("--host", default=defaults.host, help="address (default: %(default)s)")
     group.add_argument(
-        "--port", type=int, default=50051, help="port, 0 for any free one (default: %(default)s)"
+        "--port",
+        type=int,
+        default=defaults.port,
+        help="port, 0 for any free one (default: %(default)s)",
     )
     group.add_argument(
         "--grace-seconds",
         type=float,
-        default=30.0,
+        default=defaults.grace_seconds,
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
     )
     instead = group.add_mutually_exclusive_group()

@@ -2,6 +2,9 @@
 
 import re
 
+# Where a server listens, and clients look for one, unless they are told otherwise.
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 50051
+
 
 def check_address(name: str, address: object) -> str:
     """``address`` itself, HOST:PORT, such as 127.0.0.1:50051, [::1]:50051 or localhost:50051.

@@ -33,6 +33,7 @@ from jaxinfer.config import (
     TokenizerSpec,
 )
 from jaxinfer.models import declared_parameters, quantized_weights
+from jaxinfer.models.fields import MAX_LAYERS
 from jaxinfer.request import SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, place
 from jaxinfer.weights import QuantizedWeight
@@ -41,7 +42,6 @@ DESCRIPTION, VOCABULARY, PARAMETERS = "jaxinfer.json", "vocabulary.json", "param
 FORMAT = 1
 MAX_DESCRIPTION_BYTES = 16 << 20
 MAX_VOCABULARY_BYTES = 256 << 20
-MAX_LAYERS = 1 << 12
 # A device that wants a part of a parameter reads no more than these bytes besides.
 _CHUNK_BYTES = 16 << 20
 

@@ -15,6 +15,7 @@ from checkpoints.gguf.split import GGUFFiles
 from checkpoints.tensor_names import GGUF_MODEL
 from jaxinfer.config import ModelConfig
 from jaxinfer.models import GGUF_ARCHITECTURES, read_config
+from jaxinfer.models.fields import MAX_SIZE
 
 # Tensors with divisors of rotary frequencies: part of the configuration, not of the parameters.
 ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
@@ -24,7 +25,6 @@ ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
 )
 ROPE_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
-_MAX_POSITIONS = 1 << 30
 # Gemma 3 27B divides scores by another root than all other sizes; a file does not say so.
 _GEMMA_3_27B_LAYERS = 62
 
@@ -77,9 +77,9 @@ class _Reader:
         head_dim = self._get("attention.key_length", int, hidden_size // num_heads)
         self._expect("attention.value_length", head_dim)
         context = self._get("context_length", int)
-        if context > _MAX_POSITIONS:
+        if context > MAX_SIZE:
             raise ValueError(
-                f"{self._architecture}.context_length is {context}, more than {_MAX_POSITIONS}"
+                f"{self._architecture}.context_length is {context}, more than {MAX_SIZE}"
             )
         num_layers = self._get("block_count", int)
         if num_layers > len(self._file.tensors):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.batch import BatchShape
+from jaxinfer.batch import BatchShape, padded_decodes
 from jaxinfer_entrypoints.benchmarks.measuring import (
     describe,
     latencies,
@@ -35,7 +35,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """One engine, twice as many requests as run at once, for each number."""
     points = []
     for size in options.concurrency:
-        rows = -(-size // 8) * 8
+        rows = padded_decodes(size)
         engine = new_engine(
             loaded,
             [BatchShape(rows, tiles) for tiles in (0, *loaded.spec.config.tile_counts)],

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxinfer import page_pool
 from jaxinfer.batch import batch_shapes
+from jaxinfer.config import VERIFICATIONS
 from jaxinfer.drafters import drafter_traits
 from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
@@ -33,7 +34,6 @@ from jaxinfer_entrypoints.loading.assembly import LoadedModel, new_engine
 MAX_MODEL_LEN = 2048
 # Of each text, so that prompt and answer fit.
 MAX_TEXT = 2400
-RULES = ("exact", "rejection")
 
 
 def prompt_texts() -> dict[str, str]:
@@ -77,7 +77,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """A row for each number of sequences and kind of text."""
     draft = loaded.spec.config.draft or "ngram"
     # Greedy decoding accepts by both rules the same.
-    rules = RULES if options.temperature > 0 else (loaded.spec.config.verify,)
+    rules = VERIFICATIONS if options.temperature > 0 else (loaded.spec.config.verify,)
     rows = []
     for size in options.batch:
         plain = engine_for(loaded, size, draft=None)

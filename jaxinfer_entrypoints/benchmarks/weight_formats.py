@@ -14,7 +14,7 @@ from flax import nnx
 from checkpoints.load import load_parameters
 from checkpoints.stored import require_stored_formats
 from jaxinfer import models, step
-from jaxinfer.batch import BatchShape, Packer, unpack
+from jaxinfer.batch import MIN_DECODE_ROWS, BatchShape, Packer, unpack
 from jaxinfer.config import STORED, DtypePolicy, EngineConfig
 from jaxinfer.models import quantized_weights
 from jaxinfer.request import Request
@@ -172,7 +172,7 @@ def _compare(
 
 def _rates(variant: LoadedModel) -> dict[str, float]:
     """Decoded tokens a second, by the number of sequences."""
-    tiles, rows = variant.spec.config.tile_counts[-1], (8, max(BATCHES))
+    tiles, rows = variant.spec.config.tile_counts[-1], (MIN_DECODE_ROWS, max(BATCHES))
     shapes = [*(BatchShape(n, 0) for n in rows), BatchShape(rows[-1], tiles)]
     engine = new_engine(variant, shapes, max_num_seqs=rows[-1])
     rates = {}
@@ -197,7 +197,7 @@ def _logits(
         max_num_batched_tokens=TILES * variant.spec.config.chunk_tile,
         num_pages=variant.spec.config.max_pages_per_sequence,
     )
-    shape, size = BatchShape(8, TILES), config.max_num_batched_tokens
+    shape, size = BatchShape(MIN_DECODE_ROWS, TILES), config.max_num_batched_tokens
     program = _program(variant, config, shape)
     packer, window = Packer(config), config.max_model_len - 1
     abstract = abstract_state(dataclasses.replace(variant.spec, config=config, draft=None))

@@ -8,10 +8,10 @@ from typing import Any
 from checkpoints.configs import configured_models
 from checkpoints.fetch.catalog import CATALOG
 from checkpoints.stored import QUANTIZATIONS
-from jaxinfer.config import KV_DTYPES, EngineConfig
+from jaxinfer.config import DTYPES, KV_DTYPES, VERIFICATIONS, EngineConfig
 from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
-from jaxinfer_entrypoints.loading.options import DTYPES, VERIFICATIONS, LoadOptions
-from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN
+from jaxinfer_entrypoints.loading.options import MAX_DEVICES, MAX_KV_MEMORY, LoadOptions
+from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN, DEFAULT_PAGE_SIZES
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 
 
@@ -66,9 +66,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help=f"longest prompt plus output, in tokens (default: the model's context, "
         f"at most {DEFAULT_MAX_MODEL_LEN})",
     )
-    group.add_argument(
-        "--page-size", type=int, help="tokens a KV page (default: 16 on CPU, 64 on GPU, 128 on TPU)"
-    )
+    page_sizes = ", ".join(f"{n} on {name.upper()}" for name, n in DEFAULT_PAGE_SIZES.items())
+    group.add_argument("--page-size", type=int, help=f"tokens a KV page (default: {page_sizes})")
     group.add_argument(
         "--max-steps-per-call",
         type=int,
@@ -186,13 +185,13 @@ def parse_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"not a size: {text!r}; write 512MiB or 4GiB")
     number, prefix, binary = match.groups()
     size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
-    if not 1 <= size <= 1 << 50:
+    if not 1 <= size <= MAX_KV_MEMORY:
         raise argparse.ArgumentTypeError(f"must be between 1 byte and 1 PiB, got {text!r}")
     return int(size)
 
 
 def parse_count(text: str) -> int:
     """A positive number of devices, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_DEVICES:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
     return int(text)

@@ -3,6 +3,7 @@
 Looking for devices may hang or end the process, so it is done in one that can be given up.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ if __package__ in (None, ""):  # run as a file: the packages lie beside this fol
 
 import jax
 
+from checkpoints.configs import model_config
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.kv_cache import page_bytes
 from jaxinfer.sharding import Device, make_mesh
@@ -25,54 +27,20 @@ from jaxinfer_entrypoints.memory.plan import parameter_bytes
 from jaxinfer_entrypoints.memory.usage import free_bytes
 
 FIT_KEYS = ("parameter_bytes", "kv_token_bytes", "kv_tokens", "most_kv_tokens", "refusal")
-LLAMA: dict[str, Any] = {"architecture": "llama", "rms_norm_eps": 1e-5}
-LLAMA_3 = LLAMA | {
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "rope_theta": 5e5,
-}
-# Shapes as their config.json has them; what scales frequencies takes no memory and is left out.
+LLAMA_3_8B, LLAMA_3_2_1B = model_config("llama-3-8b"), model_config("llama-3.2-1b")
+# Models that are not shipped as configurations are told by what differs from one that is; that 3.1
+# scales frequencies takes no memory.
 SHAPES = {
-    DEFAULT_MODEL: ModelConfig(
-        **LLAMA,
-        max_position_embeddings=8192,
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        rope_theta=1e5,
-        tie_word_embeddings=True,
-    ),
-    "Llama 3.2 1B": ModelConfig(
-        **LLAMA_3,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-    "Llama 3.2 3B": ModelConfig(
-        **LLAMA_3,
+    DEFAULT_MODEL: model_config(DEFAULT_MODEL),
+    "Llama 3.2 1B": LLAMA_3_2_1B,
+    "Llama 3.2 3B": dataclasses.replace(
+        LLAMA_3_2_1B,
         hidden_size=3072,
-        intermediate_size=8192,
         num_hidden_layers=28,
         num_attention_heads=24,
         head_dim=128,
-        tie_word_embeddings=True,
     ),
-    "Llama 3.1 8B": ModelConfig(
-        **LLAMA_3,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        head_dim=128,
-    ),
+    "Llama 3.1 8B": dataclasses.replace(LLAMA_3_8B, max_position_embeddings=131072),
 }
 
 

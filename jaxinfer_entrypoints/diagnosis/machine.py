@@ -15,9 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxinfer_entrypoints.machine.installing import ROOT
 from jaxinfer_entrypoints.memory.cgroup import cgroup_memory, lines_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # The dependencies of pyproject.toml, and what accelerators need.
 REQUIRED = (

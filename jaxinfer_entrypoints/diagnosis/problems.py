@@ -4,11 +4,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jaxinfer.config import MAX_CPU_THREADS
 from jaxinfer_entrypoints.machine.installing import install_command
 
 PYTHON = (3, 12)
-# See loading/devices.py: with more threads a request's tokens may depend on its neighbours.
-MAX_CPU_THREADS = 4
 MIN_DISK_BYTES = 1 << 30
 
 

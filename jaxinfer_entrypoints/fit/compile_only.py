@@ -19,7 +19,8 @@ from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.loading.sizes import DoesNotFitError
 from jaxinfer_entrypoints.machine.tpu_targets import TpuGeneration, generation_of_kind, parse_target
-from jaxinfer_entrypoints.memory.plan import MIB, MemoryPlan, plan_memory
+from jaxinfer_entrypoints.machine.units import MIB
+from jaxinfer_entrypoints.memory.plan import MemoryPlan, plan_memory
 
 # Lengths for which the KV cache and the estimate of speed are told, in tokens.
 LENGTH = 1024

@@ -1,7 +1,6 @@
 """The table of arrays and where they lie that ``serve.py --explain-sharding`` prints."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from jaxinfer import models
 from jaxinfer.kv_cache import KV_PAGES_AXES
 from jaxinfer.sharding import (
     abstract_parameters,
+    device_bytes,
     explain_heads,
     make_mesh,
     named_sharding,
@@ -21,8 +21,7 @@ from jaxinfer.sharding import (
 )
 from jaxinfer.step_state import StepState, abstract_state
 from jaxinfer_entrypoints.loading.assembly import Plan
-
-MIB = 1 << 20
+from jaxinfer_entrypoints.machine.units import MIB
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,8 @@ def _array(name: str, logical: tuple[int, ...], leaf: Any, axes: Sequence[str | 
     # By the table, in words a reader finds there; that the array obeys it is one comparison.
     expected = named_sharding(leaf.sharding.mesh, axes)
     assert leaf.sharding.is_equivalent_to(expected, len(leaf.shape)), name
-    shard = leaf.sharding.shard_shape(leaf.shape)
-    size = math.prod(shard) * leaf.dtype.itemsize
     spec = "(" + ", ".join(part or "-" for part in expected.spec) + ")" if axes else "whole"
-    return Array(name, logical, leaf.shape, tuple(axes), spec, size)
+    return Array(name, logical, leaf.shape, tuple(axes), spec, device_bytes(leaf))
 
 
 def _grouped(arrays: Sequence[Array]) -> Iterator[tuple[Array, int]]:

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jaxinfer.config import DtypePolicy
+from jaxinfer.config import DTYPES, DtypePolicy
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import can_divide_heads, make_mesh
 from jaxinfer_entrypoints.loading.sizes import TPU_KV_FRACTION, DoesNotFitError
 from jaxinfer_entrypoints.machine.tpu_targets import GENERATIONS, TpuGeneration, TpuTarget
 from jaxinfer_entrypoints.machine.tpu_topology import topology_devices
-from jaxinfer_entrypoints.memory.plan import MIB, MemoryPlan, plan_memory
+from jaxinfer_entrypoints.machine.units import MIB
+from jaxinfer_entrypoints.memory.plan import smallest_plan
 
 # Tokens: with less no model is of use.
 SHORTEST = 1024
@@ -64,7 +65,7 @@ def refusal(name: str, target: TpuTarget, error: DoesNotFitError, flags: str = "
 def _smaller(dtypes: DtypePolicy) -> Iterator[tuple[DtypePolicy, str]]:
     """Policies that take less memory, with the flags that ask for them: pages, matrices, both."""
     pages = dataclasses.replace(dtypes, kv_cache=SMALLER)
-    has_pages = dtypes.kv_cache in ("float32", "bfloat16")
+    has_pages = dtypes.kv_cache in DTYPES
     if has_pages:
         yield pages, f"--kv-dtype {SMALLER}"
     if dtypes.quantization is None:
@@ -72,12 +73,6 @@ def _smaller(dtypes: DtypePolicy) -> Iterator[tuple[DtypePolicy, str]]:
         if has_pages:
             both = dataclasses.replace(pages, quantization=SMALLER)
             yield both, f"--quantize {SMALLER} --kv-dtype {SMALLER}"
-
-
-def smallest_plan(spec: EngineSpec) -> MemoryPlan:
-    """The plan with pages for one sequence of ``max_model_len``: what fits holds at least this."""
-    smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
-    return plan_memory(dataclasses.replace(spec, config=smallest))
 
 
 def smallest_slice(spec: EngineSpec, generation: TpuGeneration) -> TpuTarget | None:

@@ -257,8 +257,8 @@ def new_engine(
     """
     config = dataclasses.replace(loaded.spec.config, **changes)
     if "num_pages" not in changes:
-        most = config.max_num_seqs * config.max_pages_per_sequence
-        config = dataclasses.replace(config, num_pages=min(most, loaded.spec.config.num_pages))
+        num_pages = min(config.max_pages_of_slots, loaded.spec.config.num_pages)
+        config = dataclasses.replace(config, num_pages=num_pages)
     draft, draft_parameters = loaded.spec.draft, loaded.draft_parameters
     if not config.drafter.needs_model:
         draft, draft_parameters = None, None

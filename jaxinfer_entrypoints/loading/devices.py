@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from jaxinfer.engine import MAX_CPU_THREADS
+from jaxinfer.config import MAX_CPU_THREADS
 from jaxinfer.sharding import Device
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.machine.installing import install_command

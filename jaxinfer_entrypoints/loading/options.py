@@ -5,18 +5,17 @@ import re
 import typing
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from checkpoints.stored import QUANTIZATIONS
-from jaxinfer.config import KV_DTYPES, EngineConfig
+from jaxinfer.config import DTYPES, KV_DTYPES, VERIFICATIONS, EngineConfig, Verification
 from jaxinfer.drafters import DRAFTERS, drafter_traits
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # The drafter of every ``draft`` that is no drafter's own name: such a name is a model's.
 DRAFTER_OF_MODELS = "model"
-DTYPES = ("float32", "bfloat16")
-VERIFICATIONS = ("exact", "rejection")
+# Far above what there is: larger numbers are slips.
 MAX_DEVICES = 1 << 20
 MAX_KV_MEMORY = 1 << 50
 
@@ -63,7 +62,7 @@ class LoadOptions:
     attention: str | None = None
     draft: str | None = None
     num_drafts: int = _SIZES.num_drafts
-    verify: Literal["exact", "rejection"] = _SIZES.verify
+    verify: Verification = _SIZES.verify
     draft_quantize: str | None = None
     compile_only: bool = False
 
@@ -139,7 +138,7 @@ class LoadKeywords(TypedDict, total=False):
     attention: str | None
     draft: str | None
     num_drafts: int
-    verify: Literal["exact", "rejection"]
+    verify: Verification
     draft_quantize: str | None
     compile_only: bool
 

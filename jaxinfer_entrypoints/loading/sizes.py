@@ -4,16 +4,19 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from jaxinfer.config import DraftModel, DtypePolicy, EngineConfig, ModelConfig
+from jaxinfer.config import MAX_PAGES, DraftModel, DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.kv_cache import bytes_per_page, plan_num_pages
 from jaxinfer.sharding import num_tensor_devices
 from jaxinfer_entrypoints.loading.options import LoadOptions
-from jaxinfer_entrypoints.memory.plan import parameter_bytes, plan_memory
+from jaxinfer_entrypoints.memory.plan import parameter_bytes, smallest_plan
 from jaxinfer_entrypoints.memory.usage import free_bytes
 from pallas_kernels.ragged_paged_attention import check_platform
 
 DEFAULT_MAX_MODEL_LEN = 8192
+# Tokens a page. On TPU as many as a register has lanes, for quantized pages need that; platforms
+# that are not listed are as TPUs.
+DEFAULT_PAGE_SIZES = {"cpu": 16, "gpu": 64, "tpu": 128}
 # On CPU at most this, and at most this part of what the parameters leave free: others work there.
 DEFAULT_CPU_KV_BYTES = 1 << 30
 CPU_KV_FRACTION = 0.5
@@ -57,7 +60,7 @@ def engine_config(
     if max_model_len is None:
         max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
     if page_size is None:
-        page_size = {"cpu": 16, "gpu": 64}.get(device.platform, 128)
+        page_size = DEFAULT_PAGE_SIZES.get(device.platform, DEFAULT_PAGE_SIZES["tpu"])
     steps = options.max_steps_per_call
     if steps is None:
         # A step of a small model on an accelerator takes less time than sending it.
@@ -69,7 +72,7 @@ def engine_config(
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=max_model_len,
         page_size=page_size,
-        num_pages=1 << 24,
+        num_pages=MAX_PAGES,
         prefix_cache=options.prefix_cache,
         max_steps_per_call=steps,
         priority_seconds=options.priority_seconds,
@@ -138,7 +141,6 @@ def default_kv_bytes(spec: EngineSpec, num_replicas: int) -> int:
 
 def tpu_kv_bytes(spec: EngineSpec, free: int) -> int:
     """Returns what all else leaves of a chip's ``free`` bytes to the KV cache, not below 0."""
-    smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
-    plan = plan_memory(dataclasses.replace(spec, config=smallest))
+    plan = smallest_plan(spec)
     left = int((free - plan.total + plan.kv_pages + plan.page_copies) * TPU_KV_FRACTION)
     return max(0, left * plan.kv_pages // (plan.kv_pages + plan.page_copies))

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-GIB = 1 << 30
+from jaxinfer_entrypoints.machine.units import GIB
 
 
 @dataclass(frozen=True)

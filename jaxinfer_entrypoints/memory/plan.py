@@ -1,11 +1,8 @@
 """Bytes that each chip will hold, by arithmetic: before anything is loaded or compiled."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -13,11 +10,11 @@ from jaxinfer import models
 from jaxinfer.batch import BatchShape, batch_shapes, packed_size
 from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.engine_spec import EngineSpec
-from jaxinfer.sharding import abstract_parameters, num_tensor_devices, physical_model
+from jaxinfer.sharding import abstract_parameters, device_bytes, num_tensor_devices, physical_model
 from jaxinfer.step_state import abstract_state
+from jaxinfer_entrypoints.machine.units import MIB
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages
 
-MIB = 1 << 20
 # Code of a program, from above, as the compiler of libtpu 0.0.48 made it for 2 to 32 layers.
 DECODES_CODE = 8 * MIB
 TILES_CODE = 16 * MIB
@@ -60,13 +57,13 @@ def plan_memory(spec: EngineSpec) -> MemoryPlan:
     state = abstract_state(spec)
     rest = dataclasses.replace(state, kv_pages=(), draft_kv_pages=())
     shapes = batch_shapes(config)
-    kv_pages = _device_bytes((state.kv_pages, state.draft_kv_pages))
+    kv_pages = device_bytes((state.kv_pages, state.draft_kv_pages))
     in_place = isinstance(state.kv_pages[0], PackedKVPages)
     return MemoryPlan(
         weights=parameter_bytes(model, dtypes, mesh)
         + (parameter_bytes(draft.model, draft.dtypes, mesh) if draft else 0),
         kv_pages=kv_pages,
-        slots=_device_bytes(rest) + 4 * packed_size(shapes[-1], config),
+        slots=device_bytes(rest) + 4 * packed_size(shapes[-1], config),
         temporaries=_temporary_bytes(spec, shapes[-1]),
         code=sum(
             _code_bytes(model, shape, mesh) * (DRAFT_CODE if draft and shape.num_drafts else 1)
@@ -76,10 +73,16 @@ def plan_memory(spec: EngineSpec) -> MemoryPlan:
     )
 
 
+def smallest_plan(spec: EngineSpec) -> MemoryPlan:
+    """The plan with pages for one sequence of ``max_model_len``: what fits holds at least this."""
+    smallest = dataclasses.replace(spec.config, num_pages=spec.config.max_pages_per_sequence)
+    return plan_memory(dataclasses.replace(spec, config=smallest))
+
+
 def parameter_bytes(model: ModelConfig, dtypes: DtypePolicy, mesh: Mesh) -> int:
     """Bytes of a model's parameters on each device, from its declarations."""
     _, state = models.abstract(model, dtypes, mesh)
-    return _device_bytes(abstract_parameters(state, mesh))
+    return device_bytes(abstract_parameters(state, mesh))
 
 
 def _temporary_bytes(spec: EngineSpec, shape: BatchShape) -> int:
@@ -108,10 +111,3 @@ def _code_bytes(model: ModelConfig, shape: BatchShape, mesh: Mesh) -> int:
         once, layer = TILES_CODE, TILES_LAYER_CODE
     hosts = {device.process_index for device in mesh.devices.flat}
     return once + (layer * model.num_hidden_layers if len(hosts) > 1 else 0)
-
-
-def _device_bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -8,9 +8,8 @@ import jax
 from jaxinfer.engine import Engine
 from jaxinfer.sharding import Device
 from jaxinfer_entrypoints.machine.tpu_targets import generation_of_kind
+from jaxinfer_entrypoints.machine.units import MIB
 from jaxinfer_entrypoints.memory.cgroup import cgroup_memory, lines_of
-
-MIB = 1 << 20
 
 
 def free_bytes(device: Device) -> int | None:

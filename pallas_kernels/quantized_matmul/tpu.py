@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized_matmul import tpu_blocks, tpu_grouped, tpu_int8
-from pallas_kernels.quantized_matmul.tpu_blocks import NUM_LANES, SUBLANES
+from pallas_kernels.tpu_registers import NUM_LANES, SUBLANES
 
 # Where this backend runs.
 PLATFORMS: frozenset[str] | None = frozenset({"tpu"})

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-NUM_LANES = 128
-SUBLANES = 8  # rows of a 32-bit vector register
+from pallas_kernels.tpu_registers import NUM_LANES, SUBLANES
+
 MAX_ROWS = 512  # of a block: beyond, weights come again
 MAX_OUTPUTS = 512  # of a block
 CHUNKS = (512, 384, 256, 128)  # inputs at a time: the first that divides them, whatever the rows

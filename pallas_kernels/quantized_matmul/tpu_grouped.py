@@ -15,12 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized_matmul.tpu_blocks import (
-    NUM_LANES,
     STEP_AXIS,
-    SUBLANES,
     chunk_at,
     for_each_chunk,
 )
+from pallas_kernels.tpu_registers import NUM_LANES, SUBLANES
 
 NIBBLE = 15
 HALVES = 0x000F000F  # a nibble of each half of a word

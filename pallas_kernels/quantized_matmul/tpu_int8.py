@@ -16,11 +16,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.quantized_matmul.tpu_blocks import (
     MAX_OUTPUTS,
-    NUM_LANES,
     STEP_AXIS,
     chunk_at,
     for_each_chunk,
 )
+from pallas_kernels.tpu_registers import NUM_LANES
 
 # Rows of one 8-bit tile of registers; rows are rounded to 8 bits as many at a time.
 TILE_ROWS = 32

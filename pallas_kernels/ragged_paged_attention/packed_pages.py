@@ -22,8 +22,8 @@ from pallas_kernels.ragged_paged_attention.quantized_rows import (
     is_quantized,
     quantize_rows,
 )
+from pallas_kernels.tpu_registers import NUM_LANES
 
-NUM_LANES = 128
 SIDE_BY_SIDE = NUM_LANES // 2  # the widest head whose key and value share a row
 
 

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 # heads, or what every head has the same number of.
 KVPages = Any
 
+# Score of a key that a query does not see. Finite: (-inf) - (-inf) would be NaN in a row that has
+# seen no key yet.
+MASKED = -1e30
+
 
 def check_kv_pages(kv_pages: KVPages, expected: KVPages) -> None:
     """Raises ``ValueError`` where pages have not the shapes that ``expected`` has."""

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.packed_pages import (
-    NUM_LANES,
     PackedKVPages,
     PackedRows,
     from_logical,
@@ -30,6 +29,7 @@ from pallas_kernels.ragged_paged_attention.quantized_rows import is_quantized
 from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch, check_kv_pages
 from pallas_kernels.ragged_paged_attention.tpu_kernel import attend_tile
 from pallas_kernels.ragged_paged_attention.tpu_tile import Scratch, TileShape
+from pallas_kernels.tpu_registers import NUM_LANES, SUBLANES
 from pallas_kernels.tuning import tuned_sizes
 
 # Where this backend runs.
@@ -41,7 +41,6 @@ MAX_SCALAR_BYTES = 768 * 1024  # of 1 MB of scalar memory, which the compiler us
 VMEM_LIMIT_BYTES = 48 * 1024 * 1024  # of at least 64 MB of a core; what a kernel may take
 MAX_BLOCKS_BYTES = 24 * 1024 * 1024  # of those, for the two buffers of keys and values
 KV_BLOCK_TOKENS = 512
-SUBLANES = 8  # rows of a 32-bit vector register
 
 
 def ragged_paged_attention(

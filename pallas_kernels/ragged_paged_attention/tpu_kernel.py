@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages, PackedRows
-from pallas_kernels.ragged_paged_attention.tpu_softmax import MASKED, attend_rows
+from pallas_kernels.ragged_paged_attention.tiles import MASKED
+from pallas_kernels.ragged_paged_attention.tpu_softmax import attend_rows
 from pallas_kernels.ragged_paged_attention.tpu_tile import (
     IS_FETCHED,
     SLOT,

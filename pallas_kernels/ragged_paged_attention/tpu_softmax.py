@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.packed_pages import PackedKVPages
+from pallas_kernels.ragged_paged_attention.tiles import MASKED
 from pallas_kernels.ragged_paged_attention.tpu_tile import Scratch, Tile
 
-MASKED = -1e30  # finite: (-inf) - (-inf) would be NaN in a row that has seen no key yet
 LOG2_E = math.log2(math.e)
 
 

@@ -19,13 +19,17 @@ from pallas_kernels.ragged_paged_attention.quantized_rows import (
     is_quantized,
     quantize_rows,
 )
-from pallas_kernels.ragged_paged_attention.tiles import QueryTiles, RaggedBatch, check_kv_pages
+from pallas_kernels.ragged_paged_attention.tiles import (
+    MASKED,
+    QueryTiles,
+    RaggedBatch,
+    check_kv_pages,
+)
 
 # It runs anywhere.
 PLATFORMS: frozenset[str] | None = None
 
 KV_BLOCK_TOKENS = 128
-MASKED = -1e30  # finite: (-inf) - (-inf) would be NaN in a row that has seen no key yet
 
 
 class TransposedKVPages(NamedTuple):

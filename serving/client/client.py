@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.address import check_address
+from serving.address import DEFAULT_HOST, DEFAULT_PORT, check_address
 from serving.client.events import (
     Completion,
     Event,
@@ -43,8 +43,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-# Where scripts/serve.py listens unless it is told otherwise.
-DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_TARGET = f"{DEFAULT_HOST}:{DEFAULT_PORT}"
 _SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _POLL_SECONDS = 0.1
 

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # "health.aio", as its types name it
 from grpc_reflection.v1alpha import reflection
 
+from serving.address import DEFAULT_HOST, DEFAULT_PORT
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
 from serving.rpc.service import InferenceService
@@ -63,8 +64,8 @@ class ServerOptions:
     ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 50051
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
     grace_seconds: float = 30.0
     max_live_requests: int = 512
 

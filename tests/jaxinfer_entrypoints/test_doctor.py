@@ -23,7 +23,6 @@ from jaxinfer_entrypoints.diagnosis import devices as doctor_devices
 from jaxinfer_entrypoints.diagnosis import machine as doctor_machine
 from jaxinfer_entrypoints.diagnosis import problems as doctor_problems
 from jaxinfer_entrypoints.diagnosis.problems import find_problems
-from jaxinfer_entrypoints.loading import devices as platforms
 from jaxinfer_entrypoints.loading import sizes as engine_sizes
 from jaxinfer_entrypoints.loading.assembly import use_compilation_cache
 from jaxinfer_entrypoints.loading.options import DEFAULT_MODEL, LoadOptions
@@ -248,7 +247,6 @@ def test_what_stands_elsewhere_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert sorted(doctor_machine.REQUIRED) == sorted(names)
     wanted = project["requires-python"]
     assert wanted.startswith(">={}.{},".format(*doctor_problems.PYTHON))
-    assert platforms.MAX_CPU_THREADS == doctor_problems.MAX_CPU_THREADS
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     updates: dict[str, Any] = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.fetch.catalog import CATALOG, resolve
+from jaxinfer.config import MAX_CPU_THREADS
 from jaxinfer_entrypoints.benchmarks.peers.process import PeerCommand, PeerError, PeerProcess
 from jaxinfer_entrypoints.machine.idle import ForeignUse, wait_until_idle
 
@@ -32,7 +33,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 OURS = ("jaxinfer", "jaxinfer-fast")
 OTHERS = ("transformers", "openvino", "llama.cpp")
 SHORT_CONTEXT = 16
-MAX_THREADS = 4  # what our own promise holds for: see jaxinfer_entrypoints/loading/devices.py
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     points = [point.name for point in POINTS]
     add("--points", nargs="+", choices=points, metavar="POINT", help=f"of {', '.join(points)}")
     add("--rounds", type=int, default=3, help="default: %(default)s")
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    threads = min(MAX_CPU_THREADS, os.cpu_count() or 1)  # what our own promise holds for
     add("--threads", type=int, default=threads, help="of every peer (default: %(default)s)")
     add("--idle-cores", type=float, default=0.15, help="what others may use (default: %(default)s)")
     wait_help = "how long a point waits for an idle machine (default: %(default)s)"

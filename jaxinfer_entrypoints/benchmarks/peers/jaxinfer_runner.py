@@ -12,7 +12,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the packages
 
 from runner_protocol import Measure, random_ids, run_peer
 
-from jaxinfer.batch import BatchShape
+from jaxinfer.batch import MIN_DECODE_ROWS, BatchShape, padded_decodes
 from jaxinfer.engine import Engine
 from jaxinfer_entrypoints.benchmarks.measuring import requests_of
 from jaxinfer_entrypoints.loading.assembly import (
@@ -24,7 +24,6 @@ from jaxinfer_entrypoints.loading.assembly import (
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 
-ROWS = 8  # decode rows are padded to a multiple of this
 # More output tokens than are counted: prompts of a batch are computed a few in a call, and all
 # sequences must run until the last step that is timed.
 SPARE_TOKENS = 64
@@ -40,7 +39,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
     wanted = LoadOptions(
         model=options.model,
         device="cpu",
-        max_num_seqs=ROWS,
+        max_num_seqs=MIN_DECODE_ROWS,
         prefix_cache=False,
         batch_invariant=not options.fast,
     )
@@ -49,7 +48,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
     engines: dict[int, Engine] = {}
 
     def measure(point: dict[str, Any]) -> float:
-        rows = -(-point["batch"] // ROWS) * ROWS
+        rows = padded_decodes(point["batch"])
         if rows not in engines:
             engines.clear()  # one KV cache at a time
             gc.collect()
