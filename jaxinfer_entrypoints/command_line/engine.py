@@ -11,7 +11,13 @@ from checkpoints.stored import QUANTIZATIONS
 from jaxinfer.config import DTYPES, KV_DTYPES, VERIFICATIONS, EngineConfig
 from jaxinfer_entrypoints.command_line.platform import add_platform_options, device_of
 from jaxinfer_entrypoints.loading.options import MAX_DEVICES, MAX_KV_MEMORY, LoadOptions
-from jaxinfer_entrypoints.loading.sizes import DEFAULT_MAX_MODEL_LEN, DEFAULT_PAGE_SIZES
+from jaxinfer_entrypoints.loading.sizes import (
+    CPU_KV_FRACTION,
+    DEFAULT_MAX_MODEL_LEN,
+    DEFAULT_PAGE_SIZES,
+    GPU_KV_FRACTION,
+    TPU_KV_FRACTION,
+)
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 
 
@@ -103,7 +109,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv-memory",
         type=parse_bytes,
         help="memory of the KV cache on all devices of a replica, such as 512MiB or 4GiB (default: "
-        "of what the model leaves free, 80 %% on accelerators, half on CPU but at most 1GiB)",
+        f"of what the model leaves free, {CPU_KV_FRACTION:.0%}% on CPU but at most 1GiB, "
+        f"{GPU_KV_FRACTION:.0%}% on a GPU; on a TPU {TPU_KV_FRACTION:.0%}% of what the plan of all "
+        "memory leaves)",
     )
 
 
