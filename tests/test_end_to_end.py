@@ -66,6 +66,7 @@ def prompt_of(stream: int) -> list[int]:
     return ids * (1 + stream // 3)
 
 
+@pytest.mark.thorough("the default model under load")
 def test_concurrent_streams_equal_their_solo_runs(
     server: tuple[subprocess.Popen[str], str],
 ) -> None:

@@ -46,6 +46,7 @@ def tokens(run: Run, *flags: str) -> tuple[list[int], dict[str, Any]]:
     return line["token_ids"], line["usage"]
 
 
+@pytest.mark.thorough("drafters by their flags")
 def test_who_drafts_changes_no_token(run: Run, model_path: Path) -> None:
     plain, usage = tokens(run)
     assert usage["drafted_tokens"] == 0

@@ -32,6 +32,7 @@ def test_windows_do_not_overlap(run: Run, text_path: Path) -> None:
     assert halves["nll"] != first["nll"]
 
 
+@pytest.mark.thorough("benchmarks")
 def test_formats_beside_each_other(run: Run, text_path: Path) -> None:
     """The plain row's losses are those of the engine; a format is off by little, and smaller."""
     flags = ("--text", str(text_path), "--json", "--max-tokens", "150")

@@ -22,9 +22,11 @@ from tests.data.random_family import NUM_PROMPT_TOKENS, draw_prompt
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.models.random_checkpoint import CASES, RandomCheckpoint
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
+from tests.thorough import thorough_beyond
 
 # What each family is shown with over devices; its other cases differ in what is not divided.
 ONE_OF_EACH = ["qwen2", "mistral_window_20", "qwen3", "gemma3", "phi3", "mixtral", "qwen3_moe"]
+SUBJECT = "more cases of the families"
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def test_logits_equal_transformers(case: str) -> None:
         assert np.abs(logits[int(position)] - wanted).max() <= 1e-4 * largest, position
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thorough_beyond(["gemma3", "mixtral"], CASES, SUBJECT))
 def test_a_prompt_in_chunks_equals_the_whole(case: str) -> None:
     """Bit for bit: tiles are of 16 rows in both."""
     model, prompt = RandomCheckpoint(case).model, draw_prompt(case)
@@ -91,17 +93,19 @@ def test_a_prompt_in_chunks_equals_the_whole(case: str) -> None:
     np.testing.assert_array_equal(chunks, whole)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thorough_beyond(ONE_OF_EACH, CASES, SUBJECT))
 def test_greedy_tokens_equal_transformers(case: str) -> None:
     assert min(CASES[case]["greedy_gaps"]) > 1e-3, "drawn so that no step is a near tie"
     assert greedy_tokens(case) == CASES[case]["greedy_ids"]
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH)
+@pytest.mark.parametrize("case", thorough_beyond(["gemma3", "mixtral"], ONE_OF_EACH, SUBJECT))
 def test_eight_devices_give_the_same_tokens(many_devices: ManyDevices, case: str) -> None:
     assert many_devices(greedy_tokens, case, 8) == CASES[case]["greedy_ids"]
 
 
-@pytest.mark.parametrize("case", ["gemma3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", thorough_beyond(["mixtral"], ["gemma3", "mixtral", "qwen3_moe"], SUBJECT)
+)
 def test_neighbours_change_nothing(case: str) -> None:
     assert greedy_tokens(case, num_neighbours=3) == CASES[case]["greedy_ids"]

@@ -20,8 +20,9 @@ from tests.conftest import ManyDevices
 from tests.data.random_family import draw_prompt
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
-from tests.jaxinfer.models.test_families import ONE_OF_EACH
+from tests.jaxinfer.models.test_families import ONE_OF_EACH, SUBJECT
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
+from tests.thorough import thorough_beyond
 
 
 def policy(quantization: str | None) -> DtypePolicy:
@@ -67,8 +68,12 @@ def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("case", "quantization"),
-    [(case, "int8") for case in ONE_OF_EACH]
-    + [("qwen2", "int4"), ("qwen3_moe", "int4-symmetric"), ("gemma3", "int4-64")],
+    thorough_beyond(
+        [("qwen2", "int8"), ("qwen2", "int4"), ("qwen3_moe", "int4-symmetric")],
+        [(case, "int8") for case in ONE_OF_EACH]
+        + [("qwen2", "int4"), ("qwen3_moe", "int4-symmetric"), ("gemma3", "int4-64")],
+        SUBJECT,
+    ),
 )
 def test_logits_are_those_of_the_dequantized_matrices(case: str, quantization: str) -> None:
     """With 16-bit activations nothing but the matrices is rounded."""
@@ -87,7 +92,11 @@ def test_logits_are_those_of_the_dequantized_matrices(case: str, quantization: s
 
 @pytest.mark.parametrize(
     ("case", "quantization"),
-    [("qwen2", "int8-dynamic"), ("qwen3_moe", "int8"), ("qwen3_moe", "int4")],
+    thorough_beyond(
+        [("qwen3_moe", "int4")],
+        [("qwen2", "int8-dynamic"), ("qwen3_moe", "int8"), ("qwen3_moe", "int4")],
+        SUBJECT,
+    ),
 )
 def test_eight_devices_give_the_tokens_of_one(
     many_devices: ManyDevices, case: str, quantization: str
