@@ -51,17 +51,19 @@ def bench() -> None:
 
 def on_engine(module: ModuleType, options: Any, given: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of a command that needs a model in this process."""
-    from jaxinfer_entrypoints.command_line.engine import load_options
-    from jaxinfer_entrypoints.loading.assembly import largest_shape, load_model
-    from jaxinfer_entrypoints.loading.phases import Phases
+    with importing():
+        from jaxinfer_entrypoints.command_line.engine import load_options
+        from jaxinfer_entrypoints.llm import LLM
+        from jaxinfer_entrypoints.loading.assembly import largest_shape
+        from jaxinfer_entrypoints.loading.phases import Phases
 
     phases = Phases(STARTED, quiet=given.quiet)
     phases.add("import", time.perf_counter() - STARTED)
     pick_shapes = None if given.command == "offline" else largest_shape
-    loaded = load_model(load_options(given), phases, pick_shapes)
-    phases.print_table()
-    startup_seconds = phases.seconds
-    return module.run(loaded, options) | {"startup_seconds": startup_seconds}
+    with LLM.load(load_options(given), phases, pick_shapes) as llm:
+        phases.print_table()
+        startup_seconds = phases.seconds
+        return module.run(llm.loaded, options) | {"startup_seconds": startup_seconds}
 
 
 def parse_arguments() -> tuple[ModuleType, argparse.ArgumentParser, argparse.Namespace]:

@@ -19,11 +19,8 @@ from jaxinfer_entrypoints.benchmarks.measuring import describe
 from jaxinfer_entrypoints.benchmarks.weight_formats import KV_FORMATS, compare_formats, format_table
 from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
 from jaxinfer_entrypoints.inputs.text_file import read_text
-from jaxinfer_entrypoints.loading.assembly import (
-    LoadedModel,
-    largest_shape,
-    load_model,
-)
+from jaxinfer_entrypoints.llm import LLM
+from jaxinfer_entrypoints.loading.assembly import LoadedModel, largest_shape
 from jaxinfer_entrypoints.loading.phases import Phases
 
 
@@ -38,7 +35,12 @@ def evaluate() -> None:
     text = read_text(options.text)
     phases = Phases(STARTED, quiet=options.json or options.quiet)
     phases.add("import", time.perf_counter() - STARTED)
-    loaded = load_model(load_options(options), phases, largest_shape)
+    with LLM.load(load_options(options), phases, largest_shape) as llm:
+        print_figures(llm.loaded, text, options)
+
+
+def print_figures(loaded: LoadedModel, text: str, options: argparse.Namespace) -> None:
+    """Scores the text and prints what was found, of one format or of several side by side."""
     token_ids = loaded.tokenizer.encode(text, add_special_tokens=False)
     if options.max_tokens is not None:
         token_ids = token_ids[: options.max_tokens]

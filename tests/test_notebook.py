@@ -45,6 +45,13 @@ def test_it_is_committed_without_outputs() -> None:
             assert (cell.outputs, cell.execution_count) == ([], None), cell.id
 
 
+def test_no_program_is_started_once_this_process_has_jax() -> None:
+    """A TPU belongs to one process at a time, and to this one until it ends."""
+    cells = [cell for cell in read().cells if cell.cell_type == "code"]
+    assert [cell.id for cell in cells if "LLM(" in cell.source] == ["llm"] == [cells[-1].id]
+    assert "subprocess" not in cells[-1].source
+
+
 @pytest.mark.thorough("the notebook")
 @pytest.mark.model
 def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +79,10 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert int(second[0]) > int(first[0]) + 10
     assert int(second[1]) >= int(first[0]) // 16 * 16 > 0
     assert printed["stop"] == "stopped 0\n"
-    answers = re.findall(r'^\{"(\w+)": .*\n([^\[]+)\n\[', printed["batch"], re.MULTILINE)
-    assert [kind for kind, _ in answers] == ["prompt", "messages", "prompt"]
+    answers = re.findall(
+        r"^(The|\[Message|def)\b.*\n([^\[]+)\n\[\w+\]$", printed["llm"], re.MULTILINE
+    )
+    assert [prompt for prompt, _ in answers] == ["The", "[Message", "def"]
     assert "Paris" in answers[0][1]
     speeds = re.findall(r"(\d+) at once: +([\d.]+) tokens/s", printed["bench"])
     assert [size for size, _ in speeds] == ["1", "4", "16"]

@@ -32,6 +32,24 @@ def test_no_function_has_more_than_six_parameters() -> None:
     assert {name: n for name, n in counted.items() if n > MAX_PARAMETERS} == {}
 
 
+def names_load_model(node: ast.AST) -> bool:
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+            return name == "load_model"
+    return False
+
+
+def test_models_are_loaded_through_the_front_door() -> None:
+    """All but the server, whose replicas share a model, load one as ``LLM``."""
+    callers = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*PACKAGES, "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(map(names_load_model, ast.walk(ast.parse(path.read_text()))))
+    }
+    assert callers == {"jaxinfer_entrypoints/llm.py", "jaxinfer_entrypoints/serve.py"}
+
+
 def test_scripts_are_launchers() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("scripts/*.py")}
     assert len(lines) <= 9

@@ -1,5 +1,6 @@
 """A tiny model file and a way to run a script in this process."""
 
+import gc
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 
+from jaxinfer_entrypoints.loading.assembly import LoadedModel, load_model
 from tests.checkpoints.gguf.tiny_gguf import llama_bytes
 
 # One program shape less to compile than with the defaults, and a context of 128 tokens.
@@ -40,14 +42,36 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def live_arrays() -> set[int]:
+    """Identities of the arrays that take memory of a device."""
+    return {id(array) for array in jax.live_arrays() if not array.is_deleted()}
+
+
 @pytest.fixture
-def run(
-    model_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Iterator[Run]:
-    """``run("generate", "--json", "abc")`` with the tiny model and sizes."""
+def frees_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where a model that ``LLM`` loads leaves memory taken.
+
+    The models are held until then: what is freed only because nobody holds it does not count.
+    """
+    held: list[LoadedModel] = []
+
+    def load(*arguments: Any) -> LoadedModel:
+        held.append(load_model(*arguments))
+        return held[-1]
+
+    monkeypatch.setattr("jaxinfer_entrypoints.llm.load_model", load)
+    before = live_arrays()
+    yield
+    gc.collect()  # further engines
+    assert held
+    assert live_arrays() <= before
+
+
+@pytest.fixture
+def user_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A cache folder of the tests' own, and JAX's settings for it as they were afterwards."""
     cache = tmp_path_factory.getbasetemp() / "cache"  # shared: programs are compiled once
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     names = (
@@ -56,6 +80,19 @@ def run(
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def run(
+    model_path: Path,
+    user_cache: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """``run("generate", "--json", "abc")`` with the tiny model and sizes."""
 
     def run_script(script: str, *arguments: str, model: str | None = None) -> Result:
         module = importlib.import_module(f"jaxinfer_entrypoints.{script}")
@@ -72,6 +109,4 @@ def run(
         out, err = capsys.readouterr()
         return Result(out, err, error)
 
-    yield run_script
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return run_script

@@ -33,6 +33,7 @@ def test_offline_figures(run: Run) -> None:
     assert figures["total_tokens_per_second"] > figures["output_tokens_per_second"]
 
 
+@pytest.mark.usefixtures("frees_memory")
 def test_one_output_token_has_no_decode_rate(run: Run) -> None:
     sizes = ["--prompt-len", "5", "--output-len", "1", "--num-prompts", "1", "--json"]
     (figures,) = run("bench", "offline", *sizes).lines
@@ -70,6 +71,7 @@ def test_every_arrangement_gives_the_same_tokens(run: Run) -> None:
 
 
 @pytest.mark.thorough("benchmarks")
+@pytest.mark.usefixtures("frees_memory")
 def test_load_has_a_point_for_each_concurrency(run: Run, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     sizes = ["--concurrency", "1", "3", "--prompt-len", "9", "--output-len", "4", "--json"]
@@ -83,6 +85,7 @@ def test_techniques_are_listed_when_none_matches(run: Run) -> None:
     assert "'magic' matches none of: KV cache against recomputation; paging" in error
 
 
+@pytest.mark.usefixtures("frees_memory")
 def test_limits(run: Run) -> None:
     assert run("bench", "offline", "--prompt-len", "0").error == "2"
     assert run("bench").error == "2"

@@ -33,6 +33,7 @@ def test_windows_do_not_overlap(run: Run, text_path: Path) -> None:
 
 
 @pytest.mark.thorough("benchmarks")
+@pytest.mark.usefixtures("frees_memory")
 def test_formats_beside_each_other(run: Run, text_path: Path) -> None:
     """The plain row's losses are those of the engine; a format is off by little, and smaller."""
     flags = ("--text", str(text_path), "--json", "--max-tokens", "150")
@@ -60,12 +61,14 @@ def test_formats_beside_each_other(run: Run, text_path: Path) -> None:
     assert run("evaluate", *flags, "--formats", "int8", "--quantize", "int8").error == "2"
 
 
+@pytest.mark.usefixtures("frees_memory")
 def test_plain_output(run: Run, text_path: Path) -> None:
     result = run("evaluate", "--text", str(text_path), "--max-tokens", "20")
     assert "perplexity" in result.stdout
     assert "load" in result.stderr
 
 
+@pytest.mark.usefixtures("frees_memory")
 def test_bad_texts(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(b"abc\xff")

@@ -1,9 +1,11 @@
 """Our own engine, measured as the peers are: see runner_protocol.py."""
 
 import argparse
+import functools
 import gc
 import sys
 import time
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,19 @@ from runner_protocol import Measure, random_ids, run_peer
 from jaxinfer.batch import MIN_DECODE_ROWS, BatchShape, padded_decodes
 from jaxinfer.engine import Engine
 from jaxinfer_entrypoints.benchmarks.measuring import requests_of
-from jaxinfer_entrypoints.loading.assembly import (
-    LoadedModel,
-    largest_shape,
-    load_model,
-    new_engine,
-)
+from jaxinfer_entrypoints.llm import LLM
+from jaxinfer_entrypoints.loading.assembly import LoadedModel, largest_shape, new_engine
 from jaxinfer_entrypoints.loading.options import LoadOptions
-from jaxinfer_entrypoints.loading.phases import Phases
 
 # More output tokens than are counted: prompts of a batch are computed a few in a call, and all
 # sequences must run until the last step that is timed.
 SPARE_TOKENS = 64
+
+
+def main() -> None:
+    """Answers until nothing more is asked, then frees the devices' memory."""
+    with ExitStack() as opened:
+        run_peer(functools.partial(start, opened), add_options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", action="store_true", help="without batch invariance")
 
 
-def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
-    """Loads the model once; an engine is made for each number of slots."""
+def start(opened: ExitStack, options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
+    """Loads the model once, closed with ``opened``; makes an engine for each number of slots."""
     wanted = LoadOptions(
         model=options.model,
         device="cpu",
@@ -43,8 +46,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
         prefix_cache=False,
         batch_invariant=not options.fast,
     )
-    phases = Phases(time.perf_counter(), quiet=True)
-    loaded = load_model(wanted, phases, largest_shape)
+    loaded = opened.enter_context(LLM.load(wanted, pick_shapes=largest_shape)).loaded
     engines: dict[int, Engine] = {}
 
     def measure(point: dict[str, Any]) -> float:
@@ -105,4 +107,4 @@ def finish(engine: Engine, requests: list[Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_peer(start, add_options)
+    main()

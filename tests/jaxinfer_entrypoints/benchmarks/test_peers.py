@@ -1,11 +1,14 @@
 """scripts/bench_peers.py with runners that measure nothing but talk as the real ones do."""
 
+import argparse
+import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,21 @@ def test_medians_ratios_and_what_failed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "4.50x" in text
     assert "openvino: weights none; activations none; timed nothing; fake 1" in text
     assert f"failed: {missing}" in text
+
+
+@pytest.mark.usefixtures("frees_memory", "user_cache")
+def test_our_own_runner(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures in earnest, but for the token ids, which a tiny vocabulary lacks."""
+    monkeypatch.setattr(sys, "path", [str(bench_peers.RUNNERS), *sys.path])
+    ours = importlib.import_module("jaxinfer_runner")
+    monkeypatch.setattr(ours, "random_ids", lambda batch, length: [[3] * length] * batch)
+    options = argparse.Namespace(model=str(model_path), threads=1, fast=False)
+    with ExitStack() as opened:
+        said, measure = ours.start(opened, options)
+        assert said["weights"] == "float32, expanded from the GGUF"
+        assert measure(vars(Point("prefill", 1, 70, 0, 1))) > 0
+        assert measure(vars(Point("decode", 9, 16, 3, 1))) > 0
+        del measure
 
 
 def test_ratios_are_taken_within_rounds() -> None:
