@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import pytest
 
-from jaxinfer.batch import BatchShape
 from jaxinfer.config import DraftModel, EngineConfig
 from jaxinfer.engine import Engine
 from jaxinfer.request import Request, SamplingParams
@@ -19,6 +18,7 @@ from tests.jaxinfer.fake_device import TIGHT, FakeDevice, make_request, solo
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
     CPU_DTYPES,
+    few_shapes,
     random_parameters,
     random_request,
     run_all,
@@ -26,8 +26,10 @@ from tests.jaxinfer.tiny import (
     tiny_model,
     tiny_spec,
 )
+from tests.thorough import thorough_beyond
 
 NUM_DRAFTS = 3
+SUBJECT = "more ways to draft"
 
 # Another family, depth, width and number of heads; the vocabulary is the same.
 SMALL = tiny_model(
@@ -38,13 +40,6 @@ SMALL = tiny_model(
     num_key_value_heads=1,
     head_dim=16,
 )
-
-
-def few_shapes(engine: Engine) -> list[BatchShape]:
-    """The largest plain program, and of those with drafts the largest without and with tiles."""
-    plain = [shape for shape in engine.shapes if not shape.num_drafts]
-    alone = [shape for shape in engine.shapes if shape.num_drafts and not shape.num_tiles]
-    return [plain[-1], alone[-1], engine.shapes[-1]]
 
 
 def drafting(
@@ -155,8 +150,14 @@ def test_pages_are_known_to_have_the_drafts_part_or_not_to(
     [
         {},
         {"num_drafts": 7, "max_steps_per_call": 4},
-        {"steps_ahead": 2, "max_steps_per_call": 3, "max_draft_seqs": 3},
-        {"max_num_batched_tokens": 16, "max_num_seqs": 3, "steps_ahead": 0, "num_drafts": 1},
+        pytest.param(
+            {"steps_ahead": 2, "max_steps_per_call": 3, "max_draft_seqs": 3},
+            marks=pytest.mark.thorough(SUBJECT),
+        ),
+        pytest.param(
+            {"max_num_batched_tokens": 16, "max_num_seqs": 3, "steps_ahead": 0, "num_drafts": 1},
+            marks=pytest.mark.thorough(SUBJECT),
+        ),
         {"num_pages": 16},
     ],
 )
@@ -188,15 +189,14 @@ def test_all_that_changes_logits_changes_drafts_too() -> None:
     assert drafted == accepted > 0
 
 
-def test_another_width_of_the_vocabulary() -> None:
+@pytest.mark.parametrize("size", thorough_beyond([90], [90, 100], SUBJECT))
+def test_another_width_of_the_vocabulary(size: int) -> None:
     """Fillers of a vocabulary are never drafted, and a draft model may lack them."""
-    for size in (90, 100):
-        model = dataclasses.replace(SMALL, vocab_size=size)
-        engine = drafting(DraftModel(model, CPU_DTYPES), random_parameters(model, 3))
-        requests = mixed_requests()[:4]
-        outputs = run_all(engine, requests)
-        assert outputs == {name: solo_outputs()[name] for name in outputs}
-        assert engine.stats.num_drafted_tokens > 0
+    model = dataclasses.replace(SMALL, vocab_size=size)
+    engine = drafting(DraftModel(model, CPU_DTYPES), random_parameters(model, 3))
+    outputs = run_all(engine, mixed_requests()[:4])
+    assert outputs == {name: solo_outputs()[name] for name in outputs}
+    assert engine.stats.num_drafted_tokens > 0
 
 
 def test_the_first_layers_draft_rightly_where_the_others_do_nothing() -> None:

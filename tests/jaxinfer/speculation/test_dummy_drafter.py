@@ -18,9 +18,9 @@ from jaxinfer.request import SamplingParams
 from jaxinfer.speculation.drafter import TargetAndDraft
 from jaxinfer.speculation.drafts import Drafts, Wanted, write_drafts
 from jaxinfer.step_state import StepState
-from tests.jaxinfer.speculation.test_drafting import few_shapes
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
+    few_shapes,
     random_parameters,
     random_request,
     run_all,

@@ -21,10 +21,10 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.sampling import gumbel_noise
 from jaxinfer.speculation.drafts import Drafts
 from jaxinfer.speculation.rejection import DRAFT_NOISE, after_rejection
-from tests.jaxinfer.speculation.test_drafting import few_shapes
 from tests.jaxinfer.test_engine import shared_engine
 from tests.jaxinfer.tiny import (
     CPU_DTYPES,
+    few_shapes,
     random_parameters,
     run_all,
     tiny_config,
