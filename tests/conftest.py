@@ -1,9 +1,11 @@
 """Settings that every test shares. What is set here must be set before JAX is imported."""
 
+import functools
 import gc
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -58,12 +60,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_dropped() -> Iterator[None]:
-    """Drops a module's compiled programs behind it.
+    """Drops a module's engines and compiled programs behind it.
 
-    Each takes some 30 mappings of memory, of which Linux grants a process 65,530: past that, XLA
-    ends in a segmentation fault. All the suite's programs together are more.
+    A program takes some 30 mappings of memory, of which Linux grants a process 65,530: past that,
+    XLA ends in a segmentation fault. All the suite's programs together are more, and kept engines
+    are 8 GB. The next module that wants the same program finds it in the cache of compilations.
     """
     yield
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tests."):
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
     jax.clear_caches()
     gc.collect()
 
