@@ -75,6 +75,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
+@pytest.mark.thorough("calibration by its flags")
 def test_a_folder_is_calibrated(run: Run, folder: Path, tmp_path: Path, convert: Convert) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ab c " * 400)

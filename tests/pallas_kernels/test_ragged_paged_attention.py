@@ -17,7 +17,15 @@ from pallas_kernels.ragged_paged_attention import (
     ragged_paged_attention,
 )
 from pallas_kernels.ragged_paged_attention.quantized_rows import dequantize_rows, quantize_rows
-from tests.pallas_kernels.cases import CASES, AttentionCase, AttentionInputs, build
+from tests.pallas_kernels.cases import (
+    CASES,
+    FEW,
+    SUBJECT,
+    AttentionCase,
+    AttentionInputs,
+    build,
+)
+from tests.thorough import thorough_beyond
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -64,7 +72,7 @@ def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", thorough_beyond(FEW, BY_NAME, SUBJECT))
 def test_case(name: str, backend: str) -> None:
     case = BY_NAME[name]
     inputs = build(case)
@@ -82,7 +90,10 @@ QUANTIZED = [(name, "xla", ("int8", "uint8")[i % 2]) for i, name in enumerate(BY
 QUANTIZED += [("verify_mixed", "reference", dtype) for dtype in ("int8", "uint8")]
 
 
-@pytest.mark.parametrize(("name", "backend", "dtype"), QUANTIZED)
+@pytest.mark.parametrize(
+    ("name", "backend", "dtype"),
+    thorough_beyond([case for case in QUANTIZED if case[0] in FEW], QUANTIZED, SUBJECT),
+)
 def test_quantized_pages(name: str, backend: str, dtype: str) -> None:
     """The pages are the truth, new rows included: beyond their rounding no error."""
     case = BY_NAME[name]

@@ -26,8 +26,16 @@ from pallas_kernels.ragged_paged_attention import (
     tpu_tile,
 )
 from tests.conftest import ManyDevices
-from tests.pallas_kernels.cases import CASES, AttentionCase, AttentionInputs, build
+from tests.pallas_kernels.cases import (
+    CASES,
+    FEW,
+    SUBJECT,
+    AttentionCase,
+    AttentionInputs,
+    build,
+)
 from tests.pallas_kernels.test_ragged_paged_attention import expected
+from tests.thorough import thorough_beyond
 
 BY_NAME = {case.name: case for case in CASES if case.page_size != 1}
 # Blocks of few tokens, so that short sequences have several of them.
@@ -86,7 +94,7 @@ def check(
     assert np.isfinite(outputs).all(), "padding rows must stay finite"
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", thorough_beyond(FEW, BY_NAME, SUBJECT))
 def test_case(name: str) -> None:
     case = BY_NAME[name]
     inputs = build(case)

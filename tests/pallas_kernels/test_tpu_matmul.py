@@ -20,6 +20,7 @@ from pallas_kernels.quantized_matmul import (
     tpu_blocks,
     tpu_grouped,
 )
+from tests.pallas_kernels.cases import SUBJECT
 from tests.pallas_kernels.matmul_cases import (
     GROUPED_CASES,
     INT8_CASES,
@@ -28,6 +29,7 @@ from tests.pallas_kernels.matmul_cases import (
     check,
 )
 from tests.pallas_kernels.test_tpu_attention import interpreted
+from tests.thorough import thorough_beyond
 
 CASES = (*INT8_CASES, *GROUPED_CASES)
 TAKEN = [case for case in CASES if case.declined is None]
@@ -51,7 +53,7 @@ def test_xla_equals_the_definition(case: Int8Case | GroupedCase) -> None:
     check(case, arrays, case.multiply(arrays, "xla"))
 
 
-@pytest.mark.parametrize("case", TAKEN, ids=name_of)
+@pytest.mark.parametrize("case", thorough_beyond(TAKEN[::3], TAKEN, SUBJECT), ids=name_of)
 def test_kernel_equals_the_definition(case: Int8Case | GroupedCase) -> None:
     arrays = case.draw()
     check(case, arrays, run_kernel(case, arrays))

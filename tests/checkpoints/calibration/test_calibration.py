@@ -18,9 +18,10 @@ from jaxinfer.models import declared_parameters, quantized_weights
 from jaxinfer.weights import MatrixPath
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
-from tests.jaxinfer.models.test_families import ONE_OF_EACH
+from tests.jaxinfer.models.test_families import ONE_OF_EACH, SUBJECT
 from tests.jaxinfer.tiny import random_parameters, tiny_config, tiny_model
 from tests.jaxinfer.weights.declared import PLAIN, policy_of
+from tests.thorough import thorough_beyond
 
 
 def parameters_of(case: str) -> tuple[Any, dict[MatrixPath, np.ndarray]]:
@@ -42,7 +43,9 @@ def calibrated(case: str, method: Method) -> dict[MatrixPath, Any]:
     return calibrate(model, parameters, quantized, Calibration(method, tuple(text)))
 
 
-@pytest.mark.parametrize("case", ["qwen2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", thorough_beyond(["qwen3_moe"], ["qwen2", "gemma3", "qwen3_moe"], SUBJECT)
+)
 def test_every_family_is_rounded_whole(case: str) -> None:
     """Arrays of the formats' own shapes, no parameter lost, numbers near what they were."""
     model, parameters = parameters_of(case)

@@ -93,7 +93,7 @@ def test_a_prompt_in_chunks_equals_the_whole(case: str) -> None:
     np.testing.assert_array_equal(chunks, whole)
 
 
-@pytest.mark.parametrize("case", thorough_beyond(ONE_OF_EACH, CASES, SUBJECT))
+@pytest.mark.parametrize("case", thorough_beyond(["gemma3", "mixtral", "phi3"], CASES, SUBJECT))
 def test_greedy_tokens_equal_transformers(case: str) -> None:
     assert min(CASES[case]["greedy_gaps"]) > 1e-3, "drawn so that no step is a near tie"
     assert greedy_tokens(case) == CASES[case]["greedy_ids"]

@@ -29,6 +29,7 @@ from tests.checkpoints.floats import FloatTensors
 from tests.data.random_llama import draw_weights
 from tests.jaxinfer.logits import prompt_logits
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config, tiny_model, tiny_spec
+from tests.thorough import thorough_beyond
 
 DATA = Path(__file__).parents[2] / "data"
 CASES = json.loads((DATA / "llama_reference.json").read_text())["cases"]
@@ -73,7 +74,10 @@ def test_logits_equal_transformers(name: str) -> None:
         assert np.abs(logits[int(position)] - wanted).max() <= 1e-4 * largest, position
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    thorough_beyond(["grouped_tied", "llama3_rope"], CASES, "more cases of the families"),
+)
 def test_greedy_tokens_equal_transformers(name: str) -> None:
     case = CASES[name]
     model, parameters = parameters_of(case)
