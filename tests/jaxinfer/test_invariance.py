@@ -23,6 +23,7 @@ from jaxinfer.schedule import Schedule, ScheduledSequence
 from jaxinfer.sharding import abstract_parameters, make_mesh
 from jaxinfer.step_state import StepState, abstract_state
 from tests.jaxinfer.tiny import CPU_DTYPES, tiny_model
+from tests.thorough import thorough_beyond
 
 CONFIG = EngineConfig(
     max_num_seqs=16, max_num_batched_tokens=256, max_model_len=512, page_size=16, num_pages=256
@@ -175,9 +176,17 @@ def test_recomputation_inside_a_chunk_equals_the_decode(start: int) -> None:
     np.testing.assert_array_equal(logits[shape.num_decodes + LENGTH - start], decoded)
 
 
+SHAPES = [
+    (4, 4, 64, 512, 1536),
+    (8, 1, 32, 256, 512),
+    (32, 8, 64, 2048, 5632),
+    (14, 2, 64, 896, 4864),
+]
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "embed", "ffn"),
-    [(4, 4, 64, 512, 1536), (8, 1, 32, 256, 512), (32, 8, 64, 2048, 5632), (14, 2, 64, 896, 4864)],
+    thorough_beyond(SHAPES[1:2], SHAPES, "invariance of larger models"),
 )
 def test_other_shapes(heads: int, kv_heads: int, head_dim: int, embed: int, ffn: int) -> None:
     """Without grouping, with one kv head, and the layers of larger models."""

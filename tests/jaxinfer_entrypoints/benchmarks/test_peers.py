@@ -95,6 +95,7 @@ def test_medians_ratios_and_what_failed(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"failed: {missing}" in text
 
 
+@pytest.mark.thorough("benchmarks")
 @pytest.mark.usefixtures("frees_memory", "user_cache")
 def test_our_own_runner(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures in earnest, but for the token ids, which a tiny vocabulary lacks."""
