@@ -92,6 +92,7 @@ def test_a_draft_of_another_vocabulary(run: Run, tmp_path: Path) -> None:
     assert "has another vocabulary than the model: token 0 is" in error
 
 
+@pytest.mark.thorough("drafters by their flags")
 def test_a_draft_of_other_sizes(run: Run, tmp_path: Path) -> None:
     """Fewer layers, other heads: its pages are its own."""
     path = tmp_path / "small.gguf"

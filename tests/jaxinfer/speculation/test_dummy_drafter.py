@@ -28,6 +28,7 @@ from tests.jaxinfer.tiny import (
     tiny_model,
     tiny_spec,
 )
+from tests.thorough import thorough_beyond
 
 
 class Drafter:
@@ -71,7 +72,12 @@ def drafting(**changes: Any) -> Engine:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"max_steps_per_call": 4, "steps_ahead": 2}, {"adapt_drafts": True}]
+    "changes",
+    thorough_beyond(
+        [{}, {"adapt_drafts": True}],
+        [{}, {"max_steps_per_call": 4, "steps_ahead": 2}, {"adapt_drafts": True}],
+        "more ways to draft",
+    ),
 )
 def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(
     drafter: str, changes: dict[str, Any]

@@ -31,6 +31,7 @@ from tests.jaxinfer.tiny import (
     tiny_model,
     tiny_spec,
 )
+from tests.thorough import thorough_beyond
 
 NUM_ROWS, NUM_DRAFTS, VOCAB_SIZE = 40_000, 2, 6
 
@@ -136,7 +137,9 @@ def engine_of(draft: str) -> Engine:
     return rejecting(draft="model", num_draft_layers=0, max_steps_per_call=2)
 
 
-@pytest.mark.parametrize("draft", ["layers", "model"])
+@pytest.mark.parametrize(
+    "draft", thorough_beyond(["layers"], ["layers", "model"], "more ways to draft")
+)
 @pytest.mark.parametrize(
     "sampling",
     [
