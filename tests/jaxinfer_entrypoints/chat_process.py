@@ -18,6 +18,7 @@ from tests.patience import HANG_SECONDS
 from tests.serving.fakes import FakeEngine, served_model
 
 ROOT = Path(__file__).parent.parent.parent
+NUM_TRIES = 180  # five seconds each
 
 
 class Process:
@@ -67,14 +68,30 @@ class Process:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
+    def interrupt_prompt(self, pattern: str, after: int) -> int:
+        """Interrupts a prompt until ``pattern`` comes; returns where the match ends.
+
+        CPython shows a prompt, then waits for a key by ``select``: a signal in between is noticed
+        with the next key or signal only, and a person would press Ctrl-C again.
+        """
+        for _ in range(NUM_TRIES):
+            self.interrupt()
+            found = self._find(pattern, after, HANG_SECONDS / NUM_TRIES)
+            if found:
+                return found.end()
+        return self.expect(pattern, after)
+
     def expect(self, pattern: str, after: int = 0) -> int:
         """Waits for output; returns where the match ends."""
-        with self._lines:
-            found = self._lines.wait_for(
-                lambda: re.compile(pattern).search(self.output, after), timeout=HANG_SECONDS
-            )
+        found = self._find(pattern, after, HANG_SECONDS)
         assert found, f"no {pattern!r} in {self.output!r}"
         return found.end()
+
+    def _find(self, pattern: str, after: int, seconds: float) -> re.Match[str] | None:
+        with self._lines:
+            return self._lines.wait_for(
+                lambda: re.compile(pattern).search(self.output, after), timeout=seconds
+            )
 
     def end(self) -> int:
         self.process.kill()

@@ -220,8 +220,7 @@ def test_interrupting_an_answer_in_a_terminal() -> None:
     with server_in_thread(engine) as address, chatting(address, terminal=True) as process:
         at = process.expect(r"fake at .* /help lists the commands")
         at = process.expect("> ", at)
-        process.interrupt()
-        at = process.expect("/quit or Ctrl-D leaves", at)
+        at = process.interrupt_prompt("/quit or Ctrl-D leaves", at)
         at = process.expect("> ", at)
         process.send("hello\n")
         at = process.expect("[a-z]{10}", process.expect("hello", at))
