@@ -15,9 +15,10 @@ import numpy as np
 
 from checkpoints.checkpoint import PLAIN, Wanted
 from checkpoints.gguf.blocks import dequantize_columns, dequantize_rows
-from checkpoints.gguf.config import ROPE_TENSORS, read_model
+from checkpoints.gguf.config import read_model
 from checkpoints.gguf.integers import STORED_TYPES, split_blocks
 from checkpoints.gguf.metadata import metadata_value
+from checkpoints.gguf.rope import ROPE_TENSORS
 from checkpoints.gguf.split import GGUFFiles
 from checkpoints.gguf.tokenizer import read_tokenizer
 from checkpoints.maker import make_parameters

@@ -14,6 +14,7 @@ from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.declaration import Declaration, declaration_of
 from jaxinfer.models.family import Family
 from jaxinfer.models.fields import Fields
+from jaxinfer.models.unread import refuse_unread
 from jaxinfer.sharding import num_tensor_devices
 from jaxinfer.weights import MatrixPath, QuantizedWeight
 
@@ -29,6 +30,10 @@ ARCHITECTURES: Mapping[str, str] = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
 }
+
+# ``model_type`` of models that see images too -> that of the text part, whose fields are in
+# ``text_config``, where these leave it out.
+IMAGE_TEXT: Mapping[str, str] = {"gemma3": "gemma3_text"}
 
 # ``general.architecture`` of a GGUF file -> ``model_type``. Mistral's are "llama" there; Mixtral's
 # too, and have experts.
@@ -53,13 +58,20 @@ def family(architecture: str) -> Family:
 
 
 def read_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The model that the fields of a ``config.json`` describe.
+    """The model that the fields of a ``config.json`` describe; of one with images the text part.
 
     Raises ``ValueError`` for an unknown ``model_type``, for fields that are missing or cannot be,
-    and for those that ask for what the family's module does not compute.
+    and for those that ask for what the family's module does not compute or does not look at.
     """
     checked = Fields(fields)
-    return family(checked.text("model_type")).read_config(checked)
+    model_type = checked.text("model_type")
+    if model_type in IMAGE_TEXT and checked.has("text_config"):
+        checked = checked.fields("text_config")
+        model_type = checked.text("model_type", IMAGE_TEXT[model_type])
+        checked = checked.with_defaults({"model_type": model_type})
+    model = family(model_type).read_config(checked)
+    refuse_unread(checked)
+    return model
 
 
 def build(

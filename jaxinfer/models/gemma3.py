@@ -90,9 +90,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """A Gemma 3; of one that sees images, its ``text_config``."""
-    if fields.has("text_config"):
-        fields = fields.fields("text_config")
+    """A Gemma 3, or the text part of one that sees images."""
     fields.expect("attention_bias", False)
     fields.expect("use_bidirectional_attention", False)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
