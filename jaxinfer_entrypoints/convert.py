@@ -48,6 +48,8 @@ def convert_model() -> None:
         path = resolve(options.model, progress)
     with phases.phase("open"):
         checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        phases.say(note)
     if checkpoint.tensors is None:
         raise ValueError(f"{path} has been converted already")
     dtype, quantization = np.dtype(options.dtype), _quantization(options, checkpoint)

@@ -111,6 +111,11 @@ class OrbaxCheckpoint:
         """Nothing is rounded."""
         return {}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None: what was left out was told of before."""
+        return ()
+
     def load(self, wanted: Wanted) -> dict[ParameterPath, Any]:
         """Returns the parameters on their devices, read a layer at a time.
 

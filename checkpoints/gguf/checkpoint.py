@@ -29,6 +29,8 @@ from jaxinfer.models import declared_parameters, family
 from jaxinfer.request import SamplingParams
 from jaxinfer.weights import Format, Integers
 
+_SAMPLING = "general.sampling."
+
 
 class GGUFCheckpoint:
     """A GGUF file opened for loading: ``model``, ``tokenizer`` and ``tensor(name)``.
@@ -61,6 +63,12 @@ class GGUFCheckpoint:
     def default_sampling(self) -> SamplingParams:
         """Greedy: what such files may say of samplers is of llama.cpp's own."""
         return SamplingParams()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Tells of settings of llama.cpp's samplers."""
+        keys = sorted(key for key in self._metadata if key.startswith(_SAMPLING))
+        return (f"{self.path}: not read: {', '.join(keys)}",) if keys else ()
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a tensor as float32 in Hugging Face's orientation, ``[out, in]``.

@@ -134,7 +134,5 @@ FAMILY = Family(
         "post_attention_norm.weight": ("post_attention_norm",),
         "ffn_norm.weight": ("pre_feedforward_norm",),
     },
-    hugging_face_prefixes=("", "language_model."),
-    hugging_face_ignored=("vision_tower.", "multi_modal_projector."),
     norm_offset=1.0,
 )

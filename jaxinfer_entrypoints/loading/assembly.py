@@ -244,6 +244,8 @@ def _open_model(
         path = resolve(name, progress)
     with phases.phase("open"):
         checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        phases.say(note)
     return checkpoint, checkpoint.model
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.checkpoints.hugging_face.family_folder import write_folder, write_tokenizer
@@ -46,6 +47,16 @@ def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
 
     assert tokens(result) == tokens(said) != tokens(greedy) == tokens(plain)
     assert "generation_config" not in plain.stderr
+
+
+def test_what_is_left_out_is_said_once(run: Run, folder: Path) -> None:
+    images = {"model.vision_tower.a": np.ones(3, np.float32)}
+    (folder / "model.safetensors.index.json").unlink()
+    write_folder(folder, "gemma3", extra=images)
+    result = run("generate", "--max-tokens", "1", "ab c", model=str(folder))
+    assert result.stderr.count("1 tensors for images are left out") == 1
+    quiet = run("generate", "--quiet", "--max-tokens", "1", "ab c", model=str(folder))
+    assert "images" not in quiet.stderr
 
 
 def test_what_is_wrong_is_said_in_one_line(run: Run, folder: Path) -> None:
