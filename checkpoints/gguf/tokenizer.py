@@ -12,8 +12,11 @@ from jaxinfer.config import SentencePieceSpec, TokenizerSpec
 # tokenizer.ggml.token_type
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
-# The pre-tokenizers of Llama 3 and of Mistral since Nemo.
-_BEGINS_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")
+# The pre-tokenizers of Llama 3 and of Mistral since Nemo, by all their names.
+_BEGINS_WITH_BOS = (
+    *("llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1"),
+    *("jina-v5-nano", "lfm2", "midm-2.0", "tekken"),
+)
 # Of Phi-3's control tokens, those that keep the white space behind them.
 _PHI_3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -31,6 +34,8 @@ def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | Sent
             f"tokenizer {kind!r:.40} is not supported; supported are gpt2 (byte-level BPE) and "
             "llama (SentencePiece's BPE)"
         )
+    if metadata_value(metadata, "tokenizer.ggml.add_eos_token", bool, False):
+        raise ValueError("tokenizer.ggml.add_eos_token is True: prompts that end are not supported")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     if len(tokens) > vocab_size:
         raise ValueError(f"{len(tokens)} tokens, but the embedding has {vocab_size} rows")

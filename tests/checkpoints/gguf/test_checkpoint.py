@@ -10,6 +10,7 @@ from jaxinfer.config import ModelConfig, RopeScaling, TokenizerSpec
 from tests.checkpoints.gguf import tiny_gguf
 from tests.checkpoints.gguf.tiny_gguf import (
     ARRAY,
+    BOOL,
     CONFIG,
     F32,
     FLOAT32,
@@ -57,6 +58,18 @@ def test_model_and_tokenizer(tmp_path: Path) -> None:
     assert spec.added_token_ids == (2,)
     assert (spec.bos_token_id, spec.eos_token_ids, spec.add_bos_token) == (1, (0,), False)
     assert spec.chat_template == "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("falcon3", True), ("llama-bpe", True), ("deepseek-r1-qwen", False)]
+)
+def test_prompts_begin_with_bos_by_the_name_of_the_split(
+    tmp_path: Path, name: str, begins: bool
+) -> None:
+    keys = {"tokenizer__ggml__pre": (STRING, name), "tokenizer__ggml__add_bos_token": None}
+    spec = open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer
+    assert isinstance(spec, TokenizerSpec)
+    assert (spec.pre_tokenizer, spec.add_bos_token) == (name, begins)
 
 
 def test_every_end_of_text_token_counts(tmp_path: Path) -> None:
@@ -159,6 +172,7 @@ def test_models_that_are_refused(tmp_path: Path, key: str, value: Any, match: st
         ("merges", None, "merges' must be an array of strings"),
         ("eos_token_id", (UINT32, 12), r"eos_token_id must be in \[0, 11\], got 12"),
         ("add_bos_token", (UINT32, 1), "must be of type bool, got int"),
+        ("add_eos_token", (BOOL, True), "add_eos_token is True: prompts that end"),
     ],
 )
 def test_tokenizers_that_are_refused(tmp_path: Path, key: str, value: Any, match: str) -> None:
