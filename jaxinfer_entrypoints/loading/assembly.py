@@ -161,7 +161,7 @@ def _load(
 def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
     description = checkpoint.tokenizer  # whose errors name the file
     try:
-        return Tokenizer(description)
+        return Tokenizer(description, checkpoint.model.vocab_size)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from error
 

@@ -166,7 +166,8 @@ def test_models_that_are_refused(tmp_path: Path, key: str, value: Any, match: st
         ("model", None, "'tokenizer.ggml.model' is missing"),
         ("pre", None, "'tokenizer.ggml.pre' is missing"),
         ("tokens", (ARRAY, (INT32, [1])), "tokens' must be an array of strings"),
-        ("tokens", (ARRAY, (STRING, ["a"] * 13)), "13 tokens, but the embedding has 12 rows"),
+        ("tokens", (ARRAY, (STRING, ["a"] * 1037)), "1037 tokens, but the embedding has 12 rows$"),
+        ("tokens", (ARRAY, (STRING, ["a"] * 13)), "token_type must be 13 numbers"),
         ("tokens", (ARRAY, (STRING, ["a"])), "token_type must be 1 numbers"),
         ("token_type", (STRING, "x" * 12), "token_type must be 12 numbers"),
         ("merges", None, "merges' must be an array of strings"),
@@ -179,6 +180,24 @@ def test_tokenizers_that_are_refused(tmp_path: Path, key: str, value: Any, match
     checkpoint = open_bytes(tmp_path, llama_bytes(F32, **{f"tokenizer__ggml__{key}": value}))
     with pytest.raises(ValueError, match=match):
         assert checkpoint.tokenizer
+
+
+def test_a_special_token_may_have_no_row(tmp_path: Path) -> None:
+    """It is refused in prompts; an ordinary one would be in any text."""
+    tokens = [*llama_metadata()["tokenizer.ggml.tokens"][1][1], "<image>"]
+    for kind in (3, 4, 5, 1):
+        keys = {
+            "tokenizer__ggml__tokens": (ARRAY, (STRING, tokens)),
+            "tokenizer__ggml__token_type": (ARRAY, (INT32, [3, 3, 4] + [1] * 9 + [kind])),
+            "tokenizer__ggml__eot_token_id": (UINT32, 12),
+        }
+        checkpoint = open_bytes(tmp_path, llama_bytes(F32, **keys))
+        if kind == 1:
+            with pytest.raises(ValueError, match=r"13 tokens, .* 12 rows, and token 12 is no spec"):
+                assert checkpoint.tokenizer
+        else:
+            spec = checkpoint.tokenizer
+            assert (spec.tokens[12], spec.eos_token_ids) == ("<image>", (0,))
 
 
 def test_a_tensor_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
