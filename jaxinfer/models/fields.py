@@ -160,12 +160,25 @@ def common_fields(fields: Fields, activation: str = "silu") -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", num_heads),
         "head_dim": fields.integer("head_dim", max(1, hidden_size // num_heads)),
-        "max_position_embeddings": fields.integer("max_position_embeddings"),
+        "max_position_embeddings": served_context(fields, scaling),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
     }
+
+
+def served_context(fields: Fields, scaling: RopeScaling | None) -> int:
+    """The most positions that a text may have.
+
+    With yarn those that the rule stretches to, where ``max_position_embeddings`` is still what it
+    stretches: so the cards of Qwen's models say to switch it on.
+    """
+    context = fields.integer("max_position_embeddings")
+    if scaling is None or scaling.kind != "yarn":
+        return context
+    stretched = int(scaling.factor * scaling.original_max_position_embeddings)
+    return min(max(context, stretched), MAX_SIZE)
 
 
 def window_fields(fields: Fields, num_layers: int) -> dict[str, Any]:

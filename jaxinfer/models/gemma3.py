@@ -18,7 +18,13 @@ from jaxinfer.models.attention import Attention, AttentionKind
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import GatedMLP
-from jaxinfer.models.fields import Fields, common_fields, rope_scaling, window_fields
+from jaxinfer.models.fields import (
+    Fields,
+    common_fields,
+    rope_scaling,
+    served_context,
+    window_fields,
+)
 from jaxinfer.models.rotary import RopeTables
 from jaxinfer.weights import MatrixPath
 from pallas_kernels.ragged_paged_attention import KVPages, RaggedBatch
@@ -107,6 +113,7 @@ def read_config(fields: Fields) -> ModelConfig:
         theta = local.number("rope_theta", theta)
         common["rope_theta"] = whole.number("rope_theta", common["rope_theta"])
         common["rope_scaling"] = rope_scaling(whole, fields)
+        common["max_position_embeddings"] = served_context(fields, common["rope_scaling"])
     windows = window_fields(fields, common["num_hidden_layers"])
     if not fields.has("layer_types"):
         windows["layer_types"] = _layer_types(fields, common["num_hidden_layers"])

@@ -49,6 +49,19 @@ def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
     assert "generation_config" not in plain.stderr
 
 
+def test_yarn_is_switched_on_as_cards_say(run: Run, tmp_path: Path) -> None:
+    """Beyond the trained context, up to its stretched length."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    changes = {"max_position_embeddings": 64, "rope_scaling": rope}
+    write_folder(tmp_path, "qwen3", changes=changes)
+    write_tokenizer(tmp_path, 97)
+    arguments = ["--json", "--max-tokens", "100", "--ignore-eos", "ab c"]
+    result = run("generate", *arguments, "--max-model-len", "256", model=str(tmp_path))
+    assert len(result.lines[0]["token_ids"]) == 100
+    too_long = run("generate", *arguments, "--max-model-len", "257", model=str(tmp_path))
+    assert "257 is more than the model's context (256)" in too_long.error
+
+
 def test_what_is_left_out_is_said_once(run: Run, folder: Path) -> None:
     images = {"model.vision_tower.a": np.ones(3, np.float32)}
     (folder / "model.safetensors.index.json").unlink()
