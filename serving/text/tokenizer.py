@@ -26,7 +26,8 @@ class Tokenizer:
     vocabulary has no token (some control characters in SmolLM) are dropped, as there.
 
     ``num_embeddings``: tokens from that id on have no embedding (Gemma 3's for images), and a
-    prompt with one is refused; None where all have.
+    prompt with one is refused; where there are more embeddings than tokens, the model may write
+    the rest. None where they are as many.
     """
 
     def __init__(self, spec: AnyTokenizer, num_embeddings: int | None = None) -> None:
@@ -108,7 +109,12 @@ class Tokenizer:
         return text.removeprefix(" ") if self._spec.add_space_prefix else text
 
     def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes:
-        """Returns the bytes of one token, which may be a part of a character."""
+        """Returns the bytes of one token, which may be a part of a character.
+
+        Rows of the embedding that no token has, which only fill it up, stand for nothing.
+        """
+        if self.vocab_size <= token_id < self._num_embeddings:
+            return b""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id must be in [0, {self.vocab_size - 1}], got {token_id}")
         if token_id in self._control_ids and skip_control_tokens:

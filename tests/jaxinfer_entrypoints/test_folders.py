@@ -57,6 +57,7 @@ def test_yarn_is_switched_on_as_cards_say(run: Run, tmp_path: Path) -> None:
     write_tokenizer(tmp_path, 97)
     arguments = ["--json", "--max-tokens", "100", "--ignore-eos", "ab c"]
     result = run("generate", *arguments, "--max-model-len", "256", model=str(tmp_path))
+    assert not result.error, result.error
     assert len(result.lines[0]["token_ids"]) == 100
     too_long = run("generate", *arguments, "--max-model-len", "257", model=str(tmp_path))
     assert "257 is more than the model's context (256)" in too_long.error

@@ -126,6 +126,15 @@ def test_ids_and_text_that_are_refused() -> None:
         TOKENIZER.encode("a\ud800")
 
 
+def test_rows_without_a_token_are_no_text() -> None:
+    """A model may write one of the rows that fill its embedding up."""
+    count = len(SPEC.tokens)
+    tokenizer = Tokenizer(SPEC, num_embeddings=count + 2)
+    assert tokenizer.decode([*tokenizer.encode("ab"), count + 1]) == "ab"
+    with pytest.raises(ValueError, match=rf"token id must be in .* got {count + 2}"):
+        tokenizer.decode([count + 2])
+
+
 def test_control_tokens_are_left_out_of_text() -> None:
     token_ids = TOKENIZER.encode("a<|end|><tool é>b", parse_special_tokens=True)
     assert TOKENIZER.decode(token_ids) == "a<tool é>b"
