@@ -36,7 +36,7 @@ from jaxinfer_entrypoints.loading.draft import check_vocabulary
 from jaxinfer_entrypoints.loading.dtypes import describe_rounding, pick_dtypes
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
-from jaxinfer_entrypoints.loading.sizes import engine_config
+from jaxinfer_entrypoints.loading.sizes import describe_context, engine_config
 from jaxinfer_entrypoints.memory.peak import PeakMemory
 from serving.text.tokenizer import Tokenizer
 
@@ -203,6 +203,8 @@ def plan_model(options: LoadOptions, phases: Phases, needs_weights: bool = True)
             check_vocabulary(checkpoint, draft_checkpoint, for_draft.model)
         draft = DraftModel(smaller, pick_dtypes(for_draft, draft_checkpoint, devices[0]))
     config = engine_config(options, model, dtypes, mesh, draft)
+    if said := describe_context(model, config.max_model_len):
+        phases.say(said)
     spec = EngineSpec(model, config, dtypes, mesh, draft)
     return Plan(checkpoint, spec, devices, draft_checkpoint)
 

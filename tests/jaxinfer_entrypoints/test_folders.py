@@ -49,6 +49,22 @@ def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
     assert "generation_config" not in plain.stderr
 
 
+def test_short_texts_of_a_longrope_are_those_of_transformers(run: Run, tmp_path: Path) -> None:
+    """The original context is served unless more is asked for, which takes the long factors."""
+    folder, prompts = tmp_path / "phi", tmp_path / "prompts.jsonl"
+    write_folder(folder, "phi3_short")
+    write_tokenizer(folder, 97)
+    prompts.write_text(json.dumps({"token_ids": draw_prompt("phi3_short")}))
+    arguments = ["--input", str(prompts), "--json", "--max-tokens", "32", "--ignore-eos"]
+    result = run("generate", *arguments, model=str(folder))
+    expected = CASES["phi3_short"]["greedy_ids"][:32]
+    assert result.lines[0]["token_ids"] == expected
+    assert result.stderr.count("the short factors of the model's rope count, for up to 128") == 1
+    longer = run("generate", *arguments, "--max-model-len", "129", model=str(folder))
+    assert longer.lines[0]["token_ids"] != expected
+    assert "--max-model-len 129 is more than 128: the long factors" in longer.stderr
+
+
 def test_yarn_is_switched_on_as_cards_say(run: Run, tmp_path: Path) -> None:
     """Beyond the trained context, up to its stretched length."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
