@@ -90,7 +90,8 @@ class Checkpoint(Loadable, Protocol):
 
     ``tensors``: those that parameters are made of; None where they have been made already.
     ``quantization``: the formats that they have been made in. ``rounding``: how much of itself a
-    scale of stored integers was off at most, by types of the tensors that were read.
+    scale of stored integers was off at most, by types of the tensors that were read. ``notes``:
+    lines for whoever loads it, of what the files have and nothing here makes use of.
     """
 
     @property
@@ -107,3 +108,6 @@ class Checkpoint(Loadable, Protocol):
 
     @property
     def rounding(self) -> Mapping[str, float]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...

@@ -48,12 +48,15 @@ def convert_model() -> None:
         path = resolve(options.model, progress)
     with phases.phase("open"):
         checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        phases.say(note)
     if checkpoint.tensors is None:
         raise ValueError(f"{path} has been converted already")
     dtype, quantization = np.dtype(options.dtype), _quantization(options, checkpoint)
     calibration = None
     if text is not None:
-        token_ids = Tokenizer(checkpoint.tokenizer).encode(text, add_special_tokens=False)
+        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.model.vocab_size)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
         calibration = Calibration(options.calibrate, token_ids[: options.calibration_tokens])
     with phases.phase("hash", unit="B") as progress:
         origin = provenance(options.model, path, dtype, progress)

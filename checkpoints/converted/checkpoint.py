@@ -25,6 +25,7 @@ from checkpoints.converted.quantization import quantization_from_json, quantizat
 from checkpoints.json_file import read_json
 from checkpoints.maker import physical_integers
 from checkpoints.parameters import ParameterPath
+from checkpoints.token_rows import check_token_rows
 from jaxinfer.config import (
     AnyTokenizer,
     ModelConfig,
@@ -110,6 +111,11 @@ class OrbaxCheckpoint:
     def rounding(self) -> Mapping[str, float]:
         """Nothing is rounded."""
         return {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None: what was left out was told of before."""
+        return ()
 
     def load(self, wanted: Wanted) -> dict[ParameterPath, Any]:
         """Returns the parameters on their devices, read a layer at a time.
@@ -321,8 +327,9 @@ def _write_json(path: Path, fields: Mapping[str, Any], indent: int | None = None
 
 
 def _check_token_ids(spec: AnyTokenizer, vocab_size: int) -> None:
-    if len(spec.tokens) > vocab_size:
-        raise ValueError(f"{len(spec.tokens)} tokens, but the embedding has {vocab_size} rows")
+    unnamed = [i for i in range(vocab_size, len(spec.tokens)) if not spec.tokens[i]]
+    special = (*spec.control_token_ids, *spec.added_token_ids, *unnamed)
+    check_token_rows(len(spec.tokens), vocab_size, special)
     singles = () if spec.bos_token_id is None else (spec.bos_token_id,)
     if isinstance(spec, SentencePieceSpec):
         singles = (*singles, *spec.rstrip_token_ids, spec.unknown_token_id)

@@ -15,9 +15,10 @@ import numpy as np
 
 from checkpoints.checkpoint import PLAIN, Wanted
 from checkpoints.gguf.blocks import dequantize_columns, dequantize_rows
-from checkpoints.gguf.config import ROPE_TENSORS, read_model
+from checkpoints.gguf.config import read_model
 from checkpoints.gguf.integers import STORED_TYPES, split_blocks
 from checkpoints.gguf.metadata import metadata_value
+from checkpoints.gguf.rope import ROPE_TENSORS
 from checkpoints.gguf.split import GGUFFiles
 from checkpoints.gguf.tokenizer import read_tokenizer
 from checkpoints.maker import make_parameters
@@ -27,6 +28,8 @@ from jaxinfer.config import SentencePieceSpec, TokenizerSpec
 from jaxinfer.models import declared_parameters, family
 from jaxinfer.request import SamplingParams
 from jaxinfer.weights import Format, Integers
+
+_SAMPLING = "general.sampling."
 
 
 class GGUFCheckpoint:
@@ -60,6 +63,12 @@ class GGUFCheckpoint:
     def default_sampling(self) -> SamplingParams:
         """Greedy: what such files may say of samplers is of llama.cpp's own."""
         return SamplingParams()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Tells of settings of llama.cpp's samplers."""
+        keys = sorted(key for key in self._metadata if key.startswith(_SAMPLING))
+        return (f"{self.path}: not read: {', '.join(keys)}",) if keys else ()
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a tensor as float32 in Hugging Face's orientation, ``[out, in]``.

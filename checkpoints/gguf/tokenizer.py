@@ -7,13 +7,17 @@ import numpy as np
 
 from checkpoints.gguf.file import MetadataValue
 from checkpoints.gguf.metadata import metadata_value
+from checkpoints.token_rows import check_token_rows
 from jaxinfer.config import SentencePieceSpec, TokenizerSpec
 
 # tokenizer.ggml.token_type
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
-# The pre-tokenizers of Llama 3 and of Mistral since Nemo.
-_BEGINS_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")
+# The pre-tokenizers of Llama 3 and of Mistral since Nemo, by all their names.
+_BEGINS_WITH_BOS = (
+    *("llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1"),
+    *("jina-v5-nano", "lfm2", "midm-2.0", "tekken"),
+)
 # Of Phi-3's control tokens, those that keep the white space behind them.
 _PHI_3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -31,16 +35,19 @@ def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | Sent
             f"tokenizer {kind!r:.40} is not supported; supported are gpt2 (byte-level BPE) and "
             "llama (SentencePiece's BPE)"
         )
+    if metadata_value(metadata, "tokenizer.ggml.add_eos_token", bool, False):
+        raise ValueError("tokenizer.ggml.add_eos_token is True: prompts that end are not supported")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    if len(tokens) > vocab_size:
-        raise ValueError(f"{len(tokens)} tokens, but the embedding has {vocab_size} rows")
+    check_token_rows(len(tokens), vocab_size, range(vocab_size, len(tokens)))  # their number
     types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), default=1)
+    special = np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED) | (types == _UNUSED))
+    check_token_rows(len(tokens), vocab_size, special.tolist())
     common: dict[str, Any] = {
         "tokens": tokens,
         "control_token_ids": tuple(np.flatnonzero(types == _CONTROL).tolist()),
         "added_token_ids": tuple(np.flatnonzero(types == _USER_DEFINED).tolist()),
         "bos_token_id": _token_id(metadata, "bos", len(tokens)),
-        "eos_token_ids": _end_ids(metadata, len(tokens)),
+        "eos_token_ids": _end_ids(metadata, len(tokens), vocab_size),
     }
     if "tokenizer.chat_template" in metadata:
         common["chat_template"] = metadata_value(metadata, "tokenizer.chat_template", str)
@@ -67,10 +74,10 @@ def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | Sent
     )
 
 
-def _end_ids(metadata: _Metadata, num_tokens: int) -> tuple[int, ...]:
-    """End of text, of turn, of message."""
+def _end_ids(metadata: _Metadata, num_tokens: int, num_rows: int) -> tuple[int, ...]:
+    """End of text, of turn, of message; the model never writes one without a row."""
     ids = (_token_id(metadata, end, num_tokens) for end in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+    return tuple(dict.fromkeys(one for one in ids if one is not None and one < num_rows))
 
 
 def _unknown_id(metadata: _Metadata, types: np.ndarray) -> int:

@@ -18,11 +18,12 @@ from checkpoints.hugging_face.packed_files import PackedFiles
 from checkpoints.hugging_face.packed_tensors import StoredFormat
 from checkpoints.hugging_face.quantization_config import read_packing
 from checkpoints.hugging_face.safetensors_files import SafetensorsFiles
+from checkpoints.hugging_face.text_names import find_text_names, image_tensors
 from checkpoints.hugging_face.tokenizer_json import read_tokenizer
 from checkpoints.json_file import read_json
 from checkpoints.maker import make_parameters
 from checkpoints.parameters import ParameterPath, tensor_shapes
-from checkpoints.tensor_names import HUGGING_FACE_LAYER, HUGGING_FACE_MODEL, Place, tensor_places
+from checkpoints.tensor_names import HUGGING_FACE_LAYER, Place, tensor_places
 from jaxinfer.config import TokenizerJson
 from jaxinfer.models import declared_parameters, family, read_config
 from jaxinfer.request import SamplingParams
@@ -53,6 +54,7 @@ class HuggingFaceCheckpoint:
         self._config = config
         self._files = SafetensorsFiles(folder)
         self._packed = PackedFiles(self._files, packing)
+        self._images = image_tensors(self._files.shapes())
         self._check_counts()
         self._family = family(self.model.architecture)
         self._shapes = tensor_shapes(declared_parameters(self.model))
@@ -62,13 +64,22 @@ class HuggingFaceCheckpoint:
     @property
     def tokenizer(self) -> TokenizerJson:
         """The tokenizer. Raises ``ValueError`` when there is none or it is not supported."""
-        text_config = self._config.get("text_config", self._config)
-        return read_tokenizer(self.path, self.model.vocab_size, text_config)
+        text = self._config.get("text_config", {})
+        given = {name: value for name, value in text.items() if value is not None}
+        return read_tokenizer(self.path, self.model.vocab_size, {**self._config, **given})
 
     @property
     def default_sampling(self) -> SamplingParams:
         """The sampling of generation_config.json. Raises ``ValueError`` when that cannot be."""
         return read_default_sampling(self.path)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Tells of what is left out."""
+        if not self._images:
+            return ()
+        count, first = len(self._images), min(self._images)
+        return (f"{self.path}: {count} tensors for images are left out, {first!r} the first",)
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a tensor as float32, ``[out, in]``, by its canonical name, see tensor_names.
@@ -133,13 +144,12 @@ class HuggingFaceCheckpoint:
         return self._files.read(name, place.rows)
 
     def _find_places(self) -> dict[str, Place]:
-        shapes = self._files.shapes()
-        embedding = HUGGING_FACE_MODEL["embed_tokens"]
-        prefixes = self._family.hugging_face_prefixes
-        prefix = next((p for p in prefixes if p + embedding in shapes), prefixes[0])
-        names = {canonical: prefix + name for canonical, name in HUGGING_FACE_MODEL.items()}
-        own, layer = self._family.hugging_face, prefix + "model.layers.{layer}."
-        return tensor_places(self._shapes, names, HUGGING_FACE_LAYER, own, layer)
+        try:
+            names = find_text_names(self._files.shapes())
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        own = self._family.hugging_face
+        return tensor_places(self._shapes, names.model, HUGGING_FACE_LAYER, own, names.layer_prefix)
 
     def _check_counts(self) -> None:
         """Every layer, and every expert of it, has a tensor: none is named that no file can have.
@@ -172,11 +182,10 @@ class HuggingFaceCheckpoint:
                 self._files.check_dtype(name)
                 known.add(name)
         self._check_tied_head(found)
-        ignored = self._family.hugging_face_ignored
         unknown = sorted(
             name
-            for name in found.keys() - known
-            if not (_IGNORED.fullmatch(name) or (ignored and name.startswith(ignored)))
+            for name in found.keys() - known - set(self._images)
+            if not _IGNORED.fullmatch(name)
             and not self._packed.is_empty_bias(name)
             # Tied, and saved all the same.
             and not (self.model.tie_word_embeddings and name.endswith("lm_head.weight"))

@@ -18,6 +18,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
+# Endings of files with weights, those included that are not read.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 DTYPES = ("F32", "F16", "BF16")
 _COMPARED_NUMBERS = 1 << 22
 
@@ -40,9 +43,7 @@ class SafetensorsFiles:
             placed = None
             self._open(SINGLE)
         else:
-            raise ValueError(
-                f"{folder}: neither {SINGLE} nor {INDEX}; other formats of weights are not read"
-            )
+            raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX}{_found(folder)}")
         for name, file_name in (placed or {}).items():
             if name not in self._tensors:
                 raise ValueError(f"{folder / INDEX}: tensor {name!r:.80} is not in {file_name}")
@@ -110,3 +111,20 @@ class SafetensorsFiles:
             # The library quotes the file at any length.
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: damaged or not fetched to the end: {reason}") from error
+
+
+def _found(folder: Path) -> str:
+    """Says which other files of weights are there, and what to do about them."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    if not names:
+        return " is in it, and no other file of weights"
+    found = f"; found {len(names)} files, {names[0]!r:.80} the first"
+    if any(_SHARD.fullmatch(name) for name in names):
+        return f"{found}: shards without their index, fetch {INDEX} too"
+    if any(name.startswith("adapter_model.") for name in names):
+        return f"{found}: an adapter, merge it into its model first"
+    if any(name.startswith("consolidated") for name in names):
+        return f"{found}: names of another format, give the model as transformers saves it"
+    if all(name.endswith(".safetensors") for name in names):
+        return f"{found}: one file must be called {SINGLE}"
+    return f"{found}; formats other than safetensors are not read"

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.hugging_face.generation_config import read_generation_config
 from checkpoints.json_file import read_json, read_text
+from checkpoints.token_rows import MAX_TOKENS_WITHOUT_ROW
 from jaxinfer.config import TokenizerJson
 
 TOKENIZER = "tokenizer.json"
@@ -26,7 +27,7 @@ def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> 
     """The tokenizer of ``folder``; ``config`` is the model's, with ``vocab_size`` embeddings.
 
     Raises ``ValueError`` in one line: files missing or damaged, a kind that is not supported,
-    tokens beyond the embeddings.
+    tokens beyond the embeddings that are not added ones.
     """
     path = folder / TOKENIZER
     fields = read_json(path, MAX_TOKENIZER_BYTES)
@@ -52,9 +53,11 @@ def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> 
         raise ValueError(f"{path}: {error}") from error
     ids = {token: token_id for token_id, token in enumerate(tokens) if token}
     bos, eos = (ids.get(_token_text(settings.get(f"{name}_token"))) for name in ("bos", "eos"))
-    end_ids = _end_ids(folder, config, len(tokens))
+    end_ids = _end_ids(folder, config)
     if eos is not None:
         end_ids.append(eos)
+    # Some configurations name tokens that a smaller vocabulary has not.
+    end_ids = [token_id for token_id in end_ids if token_id < min(len(tokens), vocab_size)]
     return TokenizerJson(
         # Without what cuts and pads texts for training.
         text=json.dumps({**fields, "truncation": None, "padding": None}, ensure_ascii=False),
@@ -98,6 +101,7 @@ def _added_tokens(added: object) -> Iterator[tuple[int, str, bool]]:
         if (
             not isinstance(token, dict)
             or type(token.get("id")) is not int
+            or token["id"] < 0
             or not isinstance(token.get("content"), str)
         ):
             raise ValueError(f"an added token needs an id and a content, got {token!r:.80}")
@@ -108,12 +112,16 @@ def _tokens_by_id(
     vocab: Mapping[str, Any], added: list[tuple[int, str, bool]], vocab_size: int
 ) -> tuple[str, ...]:
     everything = [*vocab.items(), *((token, token_id) for token_id, token, _ in added)]
+    special_ids = {
+        token_id for token_id, _, _ in added if token_id < vocab_size + MAX_TOKENS_WITHOUT_ROW
+    }
     for token, token_id in everything:
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+        has_row = type(token_id) is int and 0 <= token_id < vocab_size
+        if not has_row and (type(token_id) is not int or token_id not in special_ids):
             raise ValueError(
                 f"token {token!r:.40} has id {token_id!r:.40}, the embedding has {vocab_size} rows"
             )
-    # No longer than the embedding, which is in a file.
+    # Little longer than the embedding, which is in a file.
     tokens = [""] * (1 + max((token_id for _, token_id in everything), default=-1))
     for token, token_id in everything:
         if tokens[token_id] not in ("", token):
@@ -128,7 +136,7 @@ def _token_text(token: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _end_ids(folder: Path, config: Mapping[str, Any], num_tokens: int) -> list[int]:
+def _end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
     """Tokens that end a text, of generation_config.json before those of config.json."""
     value = read_generation_config(folder).get("eos_token_id")
     if value is None:
@@ -137,8 +145,7 @@ def _end_ids(folder: Path, config: Mapping[str, Any], num_tokens: int) -> list[i
     for token_id in ids:
         if type(token_id) is not int or token_id < 0:
             raise ValueError(f"{folder}: eos_token_id must be a token id, got {token_id!r:.40}")
-    # Some configurations name tokens that a smaller vocabulary has not.
-    return [token_id for token_id in ids if token_id < num_tokens]
+    return list(ids)
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

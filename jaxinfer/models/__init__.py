@@ -14,6 +14,7 @@ from jaxinfer.config import DtypePolicy, ModelConfig
 from jaxinfer.declaration import Declaration, declaration_of
 from jaxinfer.models.family import Family
 from jaxinfer.models.fields import Fields
+from jaxinfer.models.unread import refuse_unread
 from jaxinfer.sharding import num_tensor_devices
 from jaxinfer.weights import MatrixPath, QuantizedWeight
 
@@ -28,6 +29,19 @@ ARCHITECTURES: Mapping[str, str] = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+}
+
+# ``model_type`` of models that see images too -> that of the text part, whose fields are in
+# ``text_config``, where these leave it out.
+IMAGE_TEXT: Mapping[str, str] = {
+    "gemma3": "gemma3_text",
+    "idefics3": "llama",
+    "internvl": "qwen2",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "smolvlm": "llama",
 }
 
 # ``general.architecture`` of a GGUF file -> ``model_type``. Mistral's are "llama" there; Mixtral's
@@ -45,7 +59,7 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
 def family(architecture: str) -> Family:
     """The family of a ``model_type``. Raises ``ValueError`` listing what is supported."""
     if architecture not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
+        supported = ", ".join(sorted({*ARCHITECTURES, *IMAGE_TEXT}))
         raise ValueError(
             f"architecture {architecture!r:.80} is not supported; supported: {supported}"
         )
@@ -53,13 +67,26 @@ def family(architecture: str) -> Family:
 
 
 def read_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The model that the fields of a ``config.json`` describe.
+    """The model that the fields of a ``config.json`` describe; of one with images the text part.
 
     Raises ``ValueError`` for an unknown ``model_type``, for fields that are missing or cannot be,
-    and for those that ask for what the family's module does not compute.
+    and for those that ask for what the family's module does not compute or does not look at.
     """
-    checked = Fields(fields)
-    return family(checked.text("model_type")).read_config(checked)
+    checked = _text_fields(Fields(fields))
+    model = family(checked.text("model_type")).read_config(checked)
+    refuse_unread(checked)
+    return model
+
+
+def _text_fields(fields: Fields) -> Fields:
+    """``fields``, or of a model that sees images those of its text part."""
+    model_type = fields.text("model_type")
+    if model_type not in IMAGE_TEXT or not fields.has("text_config"):
+        return fields
+    defaults: dict[str, Any] = {"model_type": IMAGE_TEXT[model_type]}
+    if fields.has("tie_word_embeddings"):
+        defaults["tie_word_embeddings"] = fields.boolean("tie_word_embeddings", False)
+    return fields.fields("text_config").with_defaults(defaults)
 
 
 def build(

@@ -19,17 +19,14 @@ class Family:
     ``read_config`` gets the fields of a ``config.json``, under whose names those of a GGUF file
     come as well, and raises ``ValueError`` for what the module does not compute. ``hugging_face``
     and ``gguf`` name the tensors that are not called as most families call them (see
-    checkpoints/tensor_names.py). One of ``hugging_face_prefixes`` comes before all names, and
-    tensors under ``hugging_face_ignored`` are for other uses (images). ``norm_offset`` is added to
-    what Hugging Face stores of a norm's scale; GGUF files have it added. ``gguf_permutes``: rows of
-    Q and K in GGUF are in the order of neighbouring pairs.
+    checkpoints/tensor_names.py). ``norm_offset`` is added to what Hugging Face stores of a norm's
+    scale; GGUF files have it added. ``gguf_permutes``: rows of Q and K in GGUF are in the order of
+    neighbouring pairs.
     """
 
     module: Callable[..., Any]
     read_config: Callable[[Fields], ModelConfig]
     hugging_face: TensorNames = field(default_factory=dict)
     gguf: TensorNames = field(default_factory=dict)
-    hugging_face_prefixes: tuple[str, ...] = ("",)
-    hugging_face_ignored: tuple[str, ...] = ()
     norm_offset: float = 0.0
     gguf_permutes: bool = False

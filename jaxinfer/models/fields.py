@@ -5,7 +5,7 @@ families only say which they need and what they can compute.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from jaxinfer.config import RopeScaling
@@ -23,16 +23,19 @@ RopeKind = Literal["linear", "llama3", "factors", "yarn", "longrope"]
 class Fields:
     """Typed access to a JSON object. Every method raises ``ValueError`` naming field and value.
 
-    A field that is null is one that is absent.
+    A field that is null is one that is absent. Which fields were read is kept, for ``unread``.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str = "") -> None:
         self._fields, self._where = fields, where
+        self._read, self._children = set[str](), dict[str, Fields]()
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Fields":
         """The same fields, ``defaults`` where there is none."""
         given = {name: value for name, value in self._fields.items() if value is not None}
-        return Fields({**defaults, **given}, self._where)
+        fields = Fields({**defaults, **given}, self._where)
+        fields._read, fields._children = self._read, self._children
+        return fields
 
     def has(self, name: str) -> bool:
         """Tells whether a field is there."""
@@ -98,10 +101,27 @@ class Fields:
         value = self._get(name, None)
         if not isinstance(value, Mapping):
             self._refuse(name, value, "an object")
-        return Fields(value, f"{self._where}{name}.")
+        if name not in self._children:
+            self._children[name] = Fields(value, f"{self._where}{name}.")
+        return self._children[name]
+
+    @property
+    def children(self) -> Iterable["Fields"]:
+        """The objects within that were read."""
+        return self._children.values()
+
+    @property
+    def is_rotation(self) -> bool:
+        """Tells if this is an object that describes a rotation, or within one."""
+        return self._where.split(".", 1)[0] in ("rope_scaling", "rope_parameters")
+
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """Yields the fields that were not read, with their values."""
+        yield from ((name, v) for name, v in self._fields.items() if name not in self._read)
 
     def expect(self, name: str, *allowed: object) -> None:
         """Refuses a field that is there with a value not among ``allowed``."""
+        self._read.add(name)
         value = self._fields.get(name)
         if value is not None and not any(type(x) is type(value) and x == value for x in allowed):
             only = " or ".join(f"{x!r:.80}" for x in allowed)
@@ -109,6 +129,7 @@ class Fields:
             raise ValueError(f"{self._where}{name} is {value!r:.80}{ending}")
 
     def _get(self, name: str, default: object) -> Any:
+        self._read.add(name)
         value = self._fields.get(name)
         if value is None:
             value = default
@@ -139,12 +160,25 @@ def common_fields(fields: Fields, activation: str = "silu") -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", num_heads),
         "head_dim": fields.integer("head_dim", max(1, hidden_size // num_heads)),
-        "max_position_embeddings": fields.integer("max_position_embeddings"),
+        "max_position_embeddings": served_context(fields, scaling),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
     }
+
+
+def served_context(fields: Fields, scaling: RopeScaling | None) -> int:
+    """The most positions that a text may have.
+
+    With yarn those that the rule stretches to, where ``max_position_embeddings`` is still what it
+    stretches: so the cards of Qwen's models say to switch it on.
+    """
+    context = fields.integer("max_position_embeddings")
+    if scaling is None or scaling.kind != "yarn":
+        return context
+    stretched = int(scaling.factor * scaling.original_max_position_embeddings)
+    return min(max(context, stretched), MAX_SIZE)
 
 
 def window_fields(fields: Fields, num_layers: int) -> dict[str, Any]:
@@ -228,16 +262,18 @@ def rope_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
         case "factors":
             return RopeScaling("factors", factors=rope.numbers("factors"))
         case "yarn":
-            rope.expect("mscale")
             rope.expect("truncate", True)
             factor = rope.number("factor")
+            grown = _yarn_attention_factor(rope, factor)
             return RopeScaling(
                 "yarn",
                 factor=factor,
                 original_max_position_embeddings=original,
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
-                attention_factor=rope.number("attention_factor", _yarn_attention_factor(factor)),
+                attention_factor=rope.number(
+                    "attention_factor", _yarn_attention_factor(rope, factor)
+                ),
             )
         case "longrope" | "su":  # what it was called at first
             factor = max(1.0, rope.number("factor", context / original))
@@ -255,5 +291,10 @@ def rope_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
     )
 
 
-def _yarn_attention_factor(factor: float) -> float:
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+def _yarn_attention_factor(rope: Fields, factor: float) -> float:
+    """The paper's; of two scales that a file has, as DeepSeek's do, their ratio."""
+    scales = [rope.number(name, 1.0) for name in ("mscale", "mscale_all_dim")]
+    if not (rope.has("mscale") and rope.has("mscale_all_dim")):
+        scales = [1.0, 0.0]  # one of them alone is not looked at
+    above, below = (0.1 * scale * math.log(max(factor, 1.0)) + 1.0 for scale in scales)
+    return above / below

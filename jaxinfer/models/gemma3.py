@@ -18,7 +18,13 @@ from jaxinfer.models.attention import Attention, AttentionKind
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.models.family import Family
 from jaxinfer.models.feed_forward import GatedMLP
-from jaxinfer.models.fields import Fields, common_fields, rope_scaling, window_fields
+from jaxinfer.models.fields import (
+    Fields,
+    common_fields,
+    rope_scaling,
+    served_context,
+    window_fields,
+)
 from jaxinfer.models.rotary import RopeTables
 from jaxinfer.weights import MatrixPath
 from pallas_kernels.ragged_paged_attention import KVPages, RaggedBatch
@@ -90,9 +96,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """A Gemma 3; of one that sees images, its ``text_config``."""
-    if fields.has("text_config"):
-        fields = fields.fields("text_config")
+    """A Gemma 3, or the text part of one that sees images."""
     fields.expect("attention_bias", False)
     fields.expect("use_bidirectional_attention", False)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -109,6 +113,7 @@ def read_config(fields: Fields) -> ModelConfig:
         theta = local.number("rope_theta", theta)
         common["rope_theta"] = whole.number("rope_theta", common["rope_theta"])
         common["rope_scaling"] = rope_scaling(whole, fields)
+        common["max_position_embeddings"] = served_context(fields, common["rope_scaling"])
     windows = window_fields(fields, common["num_hidden_layers"])
     if not fields.has("layer_types"):
         windows["layer_types"] = _layer_types(fields, common["num_hidden_layers"])
@@ -136,7 +141,5 @@ FAMILY = Family(
         "post_attention_norm.weight": ("post_attention_norm",),
         "ffn_norm.weight": ("pre_feedforward_norm",),
     },
-    hugging_face_prefixes=("", "language_model."),
-    hugging_face_ignored=("vision_tower.", "multi_modal_projector."),
     norm_offset=1.0,
 )

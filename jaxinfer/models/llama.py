@@ -31,7 +31,9 @@ def read_config(fields: Fields) -> ModelConfig:
     for name in ("attention_bias", "mlp_bias"):
         fields.expect(name, False)
     fields.expect("pretraining_tp", 1)
-    return ModelConfig(**common_fields(fields))
+    common = common_fields(fields)
+    fields.expect("layer_types", ["full_attention"] * common["num_hidden_layers"])
+    return ModelConfig(**common)
 
 
 FAMILY = Family(Llama, read_config, gguf_permutes=True)

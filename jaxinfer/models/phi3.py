@@ -2,7 +2,8 @@
 
 Which of two sets of rope factors counts is decided once, by the context that is served: keys that
 lie in the cache keep their rotation. (transformers changes over when a text grows beyond the first
-context, and computes all of it again.)
+context, and computes all of it again.) Unless it is asked for more, a server serves that first
+context, in which both agree.
 """
 
 from jaxinfer.config import ModelConfig

@@ -37,6 +37,7 @@ def read_config(fields: Fields) -> ModelConfig:
     common["intermediate_size"] = fields.integer("moe_intermediate_size")
     # Later versions of transformers write what Mixtral calls it.
     experts = "num_experts" if fields.has("num_experts") else "num_local_experts"
+    fields.expect("num_local_experts", fields.integer(experts))
     # Where windows are used, all layers have one: max_window_layers is not looked at.
     windows = {}
     if uses_windows(fields):

@@ -69,8 +69,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-model-len",
         type=int,
-        help=f"longest prompt plus output, in tokens (default: the model's context, "
-        f"at most {DEFAULT_MAX_MODEL_LEN})",
+        help=f"longest prompt plus output, in tokens (default: the model's context, with "
+        f"longrope the original one, at most {DEFAULT_MAX_MODEL_LEN})",
     )
     page_sizes = ", ".join(f"{n} on {name.upper()}" for name, n in DEFAULT_PAGE_SIZES.items())
     group.add_argument("--page-size", type=int, help=f"tokens a KV page (default: {page_sizes})")

@@ -36,7 +36,7 @@ from jaxinfer_entrypoints.loading.draft import check_vocabulary
 from jaxinfer_entrypoints.loading.dtypes import describe_rounding, pick_dtypes
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
-from jaxinfer_entrypoints.loading.sizes import engine_config
+from jaxinfer_entrypoints.loading.sizes import describe_context, engine_config
 from jaxinfer_entrypoints.memory.peak import PeakMemory
 from serving.text.tokenizer import Tokenizer
 
@@ -161,7 +161,7 @@ def _load(
 def _build_tokenizer(model: str, checkpoint: Checkpoint) -> Tokenizer:
     description = checkpoint.tokenizer  # whose errors name the file
     try:
-        return Tokenizer(description)
+        return Tokenizer(description, checkpoint.model.vocab_size)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from error
 
@@ -203,6 +203,8 @@ def plan_model(options: LoadOptions, phases: Phases, needs_weights: bool = True)
             check_vocabulary(checkpoint, draft_checkpoint, for_draft.model)
         draft = DraftModel(smaller, pick_dtypes(for_draft, draft_checkpoint, devices[0]))
     config = engine_config(options, model, dtypes, mesh, draft)
+    if said := describe_context(model, config.max_model_len):
+        phases.say(said)
     spec = EngineSpec(model, config, dtypes, mesh, draft)
     return Plan(checkpoint, spec, devices, draft_checkpoint)
 
@@ -244,6 +246,8 @@ def _open_model(
         path = resolve(name, progress)
     with phases.phase("open"):
         checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        phases.say(note)
     return checkpoint, checkpoint.model
 
 

@@ -9,9 +9,10 @@ from checkpoints.load import Checkpoint
 def check_vocabulary(target: Checkpoint, draft: Checkpoint, name: str) -> None:
     """Raises ``ValueError`` where the draft's tokens are not the target's.
 
-    A vocabulary may be longer than its tokens: what fills it up is no token.
+    A vocabulary may be longer than its tokens: what fills it up is no token. Tokens for which a
+    model has no embedding are in no prompt and in no text of it.
     """
-    tokens, others = target.tokenizer.tokens, draft.tokenizer.tokens
+    tokens, others = (one.tokenizer.tokens[: one.model.vocab_size] for one in (target, draft))
     for token_id, (ours, theirs) in enumerate(zip_longest(tokens, others, fillvalue="")):
         if ours != theirs and not (_is_filler(ours) and _is_filler(theirs)):
             raise ValueError(

@@ -60,6 +60,11 @@ class Phases:
         if not self._quiet:
             print(f"{name:<10} {seconds:7.2f} s  {said}".rstrip(), file=sys.stderr)
 
+    def say(self, line: str) -> None:
+        """Tells something that is no phase."""
+        if not self._quiet:
+            print(line, file=sys.stderr)
+
     def add(self, name: str, seconds: float, note: str = "") -> None:
         """Notes a phase that was timed elsewhere."""
         self._rows.append((name, seconds, note))

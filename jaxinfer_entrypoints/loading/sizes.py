@@ -58,7 +58,7 @@ def engine_config(
         )
     max_model_len, page_size = options.max_model_len, options.page_size
     if max_model_len is None:
-        max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
+        max_model_len = default_max_model_len(model)
     if page_size is None:
         page_size = DEFAULT_PAGE_SIZES.get(device.platform, DEFAULT_PAGE_SIZES["tpu"])
     steps = options.max_steps_per_call
@@ -99,6 +99,39 @@ def engine_config(
             spec,
         )
     return dataclasses.replace(config, num_pages=num_pages)
+
+
+def default_max_model_len(model: ModelConfig) -> int:
+    """The model's context within bounds, with longrope the original one.
+
+    Up to there its short factors count, which are what short texts were trained with; keys that lie
+    in pages cannot be rotated anew, so that a server takes one set for all.
+    """
+    short = _short_context(model) or model.max_position_embeddings
+    return min(model.max_position_embeddings, short, DEFAULT_MAX_MODEL_LEN)
+
+
+def describe_context(model: ModelConfig, max_model_len: int) -> str:
+    """Says which factors of longrope count, if there is a choice; "" where there is none."""
+    short = _short_context(model)
+    if short is None or short >= model.max_position_embeddings:
+        return ""
+    if max_model_len > short:
+        return (
+            f"--max-model-len {max_model_len} is more than {short}: the long factors of the "
+            "model's rope count for all prompts, short ones too"
+        )
+    return (
+        f"the short factors of the model's rope count, for up to {short} tokens; a larger "
+        f"--max-model-len (up to {model.max_position_embeddings}) takes the long ones for all"
+    )
+
+
+def _short_context(model: ModelConfig) -> int | None:
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return None
+    return scaling.original_max_position_embeddings
 
 
 def check_kv_bytes(memory: int, mesh: Mesh, num_replicas: int) -> None:

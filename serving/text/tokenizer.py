@@ -24,10 +24,15 @@ class Tokenizer:
     text, unless ``parse_special_tokens`` asks for what Hugging Face does everywhere: to take them
     for those tokens. Those that a chat template writes are tokens always. Bytes for which the
     vocabulary has no token (some control characters in SmolLM) are dropped, as there.
+
+    ``num_embeddings``: tokens from that id on have no embedding (Gemma 3's for images), and a
+    prompt with one is refused; where there are more embeddings than tokens, the model may write
+    the rest. None where they are as many.
     """
 
-    def __init__(self, spec: AnyTokenizer) -> None:
+    def __init__(self, spec: AnyTokenizer, num_embeddings: int | None = None) -> None:
         self._spec = spec
+        self._num_embeddings = len(spec.tokens) if num_embeddings is None else num_embeddings
         self._parsing = tokenizer_library.build(spec)
         # A second one, as the library has this as a setting that all threads would share.
         self._literal = tokenizer_library.build(spec)
@@ -65,8 +70,8 @@ class Tokenizer:
     ) -> list[int]:
         """Returns token ids. ``add_special_tokens`` puts BOS first where the checkpoint wants it.
 
-        Raises ``ValueError`` for text that is no Unicode (a lone surrogate), and when the
-        checkpoint's tokenizer cannot cope with it.
+        Raises ``ValueError`` for text that is no Unicode (a lone surrogate), for tokens without an
+        embedding, and when the checkpoint's tokenizer cannot cope with it.
         """
         try:
             text.encode()
@@ -80,8 +85,18 @@ class Tokenizer:
             (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=own)
         token_ids = encoding.ids
         if add_special_tokens and self._spec.add_bos_token and self.bos_token_id is not None:
-            return [self.bos_token_id, *token_ids]
-        return token_ids
+            token_ids = [self.bos_token_id, *token_ids]
+        return self._embedded(token_ids)
+
+    def _embedded(self, token_ids: list[int]) -> list[int]:
+        count = self._num_embeddings
+        if count >= self.vocab_size or max(token_ids, default=0) < count:
+            return token_ids
+        token_id = next(one for one in token_ids if one >= count)
+        raise ValueError(
+            f"the prompt has {self._spec.tokens[token_id]!r:.80}, token {token_id}, which this "
+            f"model does not take: it has {count} embeddings"
+        )
 
     def decode(self, token_ids: Iterable[int], skip_control_tokens: bool = True) -> str:
         """Returns the text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -94,7 +109,12 @@ class Tokenizer:
         return text.removeprefix(" ") if self._spec.add_space_prefix else text
 
     def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes:
-        """Returns the bytes of one token, which may be a part of a character."""
+        """Returns the bytes of one token, which may be a part of a character.
+
+        Rows of the embedding that no token has, which only fill it up, stand for nothing.
+        """
+        if self.vocab_size <= token_id < self._num_embeddings:
+            return b""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id must be in [0, {self.vocab_size - 1}], got {token_id}")
         if token_id in self._control_ids and skip_control_tokens:
@@ -178,6 +198,7 @@ class Tokenizer:
 
         for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id in self._control_ids:
+                self._embedded([token_id])
                 add_text(first)
                 token_ids.append(token_id)
                 end = last

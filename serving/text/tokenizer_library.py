@@ -50,22 +50,44 @@ def _gpt_2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-# By the name in GGUF's "tokenizer.ggml.pre"; each as in the Hugging Face tokenizer it stands for.
+# Names in GGUF's "tokenizer.ggml.pre" for one split, as llama.cpp groups them; of the first of each
+# the Hugging Face tokenizer was compared with.
+_LLAMA_3 = (
+    *("llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1"),
+    *("jina-v5-nano", "lfm2", "midm-2.0"),
+)
+_SAME_AS_LLAMA_3 = ("chatglm-bpe", "dbrx", "glm4", "smaug-bpe")  # merges count there
+_SAME_AS_QWEN_2 = (
+    *("deepseek-r1-qwen", "f2llmv2", "grok-2", "hunyuan", "kormo", "megrez"),
+    *("solar-open", "stablelm2"),
+)
+_GPT_4O = ("gpt-4o", "kanana2", "llama4", "minimax-m2", "talkie")
+_GPT_2 = (
+    *("gpt-2", "a.x-4.0", "exaone4", "gigachat", "granite-docling", "jais", "mellum"),
+    *("modern-bert", "mpt", "olmo", "phi-2", "trillion"),
+)
+_SMOLLM = (
+    *("smollm", "codeshell", "command-r", "exaone", "mellum2", "minerva-7b"),
+    *("refact", "starcoder"),
+)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt_2()])
+
+
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _gpt_2,
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), _gpt_2()]
-    ),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "pixtral"), lambda: _split_then_bytes(_LLAMA_3_SPLIT)
-    ),
-    "qwen2": lambda: _split_then_bytes(_QWEN_2_SPLIT),
-    "gpt-4o": lambda: _split_then_bytes(_GPT_4O_SPLIT),
+    **dict.fromkeys(_GPT_2, _gpt_2),
+    **dict.fromkeys(_SMOLLM, _smollm),
+    **dict.fromkeys(_LLAMA_3 + _SAME_AS_LLAMA_3, lambda: _split_then_bytes(_LLAMA_3_SPLIT)),
+    **dict.fromkeys(("qwen2", *_SAME_AS_QWEN_2), lambda: _split_then_bytes(_QWEN_2_SPLIT)),
+    **dict.fromkeys(_GPT_4O, lambda: _split_then_bytes(_GPT_4O_SPLIT)),
     "tekken": lambda: _split_then_bytes(_TEKKEN_SPLIT),
 }
+# llama.cpp has none; of the others it is not known.
 _NORMALIZERS = {"qwen2": normalizers.NFC}
 # They take a word that is itself a token whole, merges or not.
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")
+_IGNORE_MERGES = (*_LLAMA_3, "tekken")
 
 
 @functools.singledispatch

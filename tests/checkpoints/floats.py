@@ -18,6 +18,7 @@ class FloatTensors:
     model: ModelConfig
     quantization = PLAIN
     rounding: Mapping[str, float] = {}
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> Self:

@@ -23,8 +23,9 @@ from tests.jaxinfer_entrypoints.conftest import Run
 TEXT = ("--json", "--max-tokens", "40", "--ignore-eos", "abc12ab1")
 
 
-def checkpoint(*tokens: str) -> Checkpoint:
-    return cast(Checkpoint, SimpleNamespace(tokenizer=SimpleNamespace(tokens=tokens)))
+def checkpoint(*tokens: str, num_rows: int = 9) -> Checkpoint:
+    model, tokenizer = SimpleNamespace(vocab_size=num_rows), SimpleNamespace(tokens=tokens)
+    return cast(Checkpoint, SimpleNamespace(model=model, tokenizer=tokenizer))
 
 
 def test_vocabularies_must_be_the_same() -> None:
@@ -32,6 +33,8 @@ def test_vocabularies_must_be_the_same() -> None:
     check_vocabulary(target, checkpoint("a", "b", "c"), "x")
     # What only fills one of them up is no token.
     check_vocabulary(target, checkpoint("a", "b", "c", "", "[PAD4]"), "x")
+    # Nor is what has no embedding.
+    check_vocabulary(target, checkpoint("a", "b", "c", "<image>", num_rows=3), "x")
     for other in (("a", "b"), ("a", "b", "d"), ("a", "b", "c", "d"), ("a", "", "c")):
         with pytest.raises(ValueError, match="--draft x has another vocabulary"):
             check_vocabulary(target, checkpoint(*other), "x")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.checkpoints.hugging_face.family_folder import write_folder, write_tokenizer
@@ -46,6 +47,46 @@ def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
 
     assert tokens(result) == tokens(said) != tokens(greedy) == tokens(plain)
     assert "generation_config" not in plain.stderr
+
+
+def test_short_texts_of_a_longrope_are_those_of_transformers(run: Run, tmp_path: Path) -> None:
+    """The original context is served unless more is asked for, which takes the long factors."""
+    folder, prompts = tmp_path / "phi", tmp_path / "prompts.jsonl"
+    write_folder(folder, "phi3_short")
+    write_tokenizer(folder, 97)
+    prompts.write_text(json.dumps({"token_ids": draw_prompt("phi3_short")}))
+    arguments = ["--input", str(prompts), "--json", "--max-tokens", "32", "--ignore-eos"]
+    result = run("generate", *arguments, model=str(folder))
+    expected = CASES["phi3_short"]["greedy_ids"][:32]
+    assert result.lines[0]["token_ids"] == expected
+    assert result.stderr.count("the short factors of the model's rope count, for up to 128") == 1
+    longer = run("generate", *arguments, "--max-model-len", "129", model=str(folder))
+    assert longer.lines[0]["token_ids"] != expected
+    assert "--max-model-len 129 is more than 128: the long factors" in longer.stderr
+
+
+def test_yarn_is_switched_on_as_cards_say(run: Run, tmp_path: Path) -> None:
+    """Beyond the trained context, up to its stretched length."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    changes = {"max_position_embeddings": 64, "rope_scaling": rope}
+    write_folder(tmp_path, "qwen3", changes=changes)
+    write_tokenizer(tmp_path, 97)
+    arguments = ["--json", "--max-tokens", "100", "--ignore-eos", "ab c"]
+    result = run("generate", *arguments, "--max-model-len", "256", model=str(tmp_path))
+    assert not result.error, result.error
+    assert len(result.lines[0]["token_ids"]) == 100
+    too_long = run("generate", *arguments, "--max-model-len", "257", model=str(tmp_path))
+    assert "257 is more than the model's context (256)" in too_long.error
+
+
+def test_what_is_left_out_is_said_once(run: Run, folder: Path) -> None:
+    images = {"model.vision_tower.a": np.ones(3, np.float32)}
+    (folder / "model.safetensors.index.json").unlink()
+    write_folder(folder, "gemma3", extra=images)
+    result = run("generate", "--max-tokens", "1", "ab c", model=str(folder))
+    assert result.stderr.count("1 tensors for images are left out") == 1
+    quiet = run("generate", "--quiet", "--max-tokens", "1", "ab c", model=str(folder))
+    assert "images" not in quiet.stderr
 
 
 def test_what_is_wrong_is_said_in_one_line(run: Run, folder: Path) -> None:

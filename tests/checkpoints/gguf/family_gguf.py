@@ -22,16 +22,24 @@ ARCHITECTURES |= {model_type: name for name, model_type in GGUF_ARCHITECTURES.it
 
 
 def write_gguf(
-    path: Path, case: str, kind: gguf.GGMLQuantizationType, tensors_per_shard: int = 0
+    path: Path,
+    case: str,
+    kind: gguf.GGMLQuantizationType,
+    tensors_per_shard: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """A file with the tensors of ``case``, matrices quantized to ``kind``, and no tokenizer.
 
     With ``tensors_per_shard`` several, ``NAME-00001-of-0000N.gguf`` for ``NAME.gguf``.
+    ``settings``: further ones of the architecture.
     """
     config = CASES[case]["config"]
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_shard)
     _add_config(writer, config)
+    for name, value in (settings or {}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](f"{architecture}.{name}", value)
     (number,) = (n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     for name, tensor in _tensors(case, config, architecture).items():

@@ -10,6 +10,7 @@ from jaxinfer.config import ModelConfig, RopeScaling, TokenizerSpec
 from tests.checkpoints.gguf import tiny_gguf
 from tests.checkpoints.gguf.tiny_gguf import (
     ARRAY,
+    BOOL,
     CONFIG,
     F32,
     FLOAT32,
@@ -57,6 +58,18 @@ def test_model_and_tokenizer(tmp_path: Path) -> None:
     assert spec.added_token_ids == (2,)
     assert (spec.bos_token_id, spec.eos_token_ids, spec.add_bos_token) == (1, (0,), False)
     assert spec.chat_template == "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("falcon3", True), ("llama-bpe", True), ("deepseek-r1-qwen", False)]
+)
+def test_prompts_begin_with_bos_by_the_name_of_the_split(
+    tmp_path: Path, name: str, begins: bool
+) -> None:
+    keys = {"tokenizer__ggml__pre": (STRING, name), "tokenizer__ggml__add_bos_token": None}
+    spec = open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer
+    assert isinstance(spec, TokenizerSpec)
+    assert (spec.pre_tokenizer, spec.add_bos_token) == (name, begins)
 
 
 def test_every_end_of_text_token_counts(tmp_path: Path) -> None:
@@ -153,18 +166,38 @@ def test_models_that_are_refused(tmp_path: Path, key: str, value: Any, match: st
         ("model", None, "'tokenizer.ggml.model' is missing"),
         ("pre", None, "'tokenizer.ggml.pre' is missing"),
         ("tokens", (ARRAY, (INT32, [1])), "tokens' must be an array of strings"),
-        ("tokens", (ARRAY, (STRING, ["a"] * 13)), "13 tokens, but the embedding has 12 rows"),
+        ("tokens", (ARRAY, (STRING, ["a"] * 1037)), "1037 tokens, but the embedding has 12 rows$"),
+        ("tokens", (ARRAY, (STRING, ["a"] * 13)), "token_type must be 13 numbers"),
         ("tokens", (ARRAY, (STRING, ["a"])), "token_type must be 1 numbers"),
         ("token_type", (STRING, "x" * 12), "token_type must be 12 numbers"),
         ("merges", None, "merges' must be an array of strings"),
         ("eos_token_id", (UINT32, 12), r"eos_token_id must be in \[0, 11\], got 12"),
         ("add_bos_token", (UINT32, 1), "must be of type bool, got int"),
+        ("add_eos_token", (BOOL, True), "add_eos_token is True: prompts that end"),
     ],
 )
 def test_tokenizers_that_are_refused(tmp_path: Path, key: str, value: Any, match: str) -> None:
     checkpoint = open_bytes(tmp_path, llama_bytes(F32, **{f"tokenizer__ggml__{key}": value}))
     with pytest.raises(ValueError, match=match):
         assert checkpoint.tokenizer
+
+
+def test_a_special_token_may_have_no_row(tmp_path: Path) -> None:
+    """It is refused in prompts; an ordinary one would be in any text."""
+    tokens = [*llama_metadata()["tokenizer.ggml.tokens"][1][1], "<image>"]
+    for kind in (3, 4, 5, 1):
+        keys = {
+            "tokenizer__ggml__tokens": (ARRAY, (STRING, tokens)),
+            "tokenizer__ggml__token_type": (ARRAY, (INT32, [3, 3, 4] + [1] * 9 + [kind])),
+            "tokenizer__ggml__eot_token_id": (UINT32, 12),
+        }
+        checkpoint = open_bytes(tmp_path, llama_bytes(F32, **keys))
+        if kind == 1:
+            with pytest.raises(ValueError, match=r"13 tokens, .* 12 rows, and token 12 is no spec"):
+                assert checkpoint.tokenizer
+        else:
+            spec = checkpoint.tokenizer
+            assert (spec.tokens[12], spec.eos_token_ids) == ("<image>", (0,))
 
 
 def test_a_tensor_the_model_does_not_know_is_refused(tmp_path: Path) -> None:

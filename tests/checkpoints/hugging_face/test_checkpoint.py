@@ -128,7 +128,7 @@ def test_indices_that_are_refused(tmp_path: Path, weight_map: Any, match: str) -
 
 def test_a_configuration_with_more_experts_than_tensors(tmp_path: Path) -> None:
     """A name is made for every expert of every layer: here a hundred gigabytes of names."""
-    write_folder(tmp_path, "qwen3_moe", changes={"num_experts": 1 << 30})
+    write_folder(tmp_path, "qwen3_moe", changes={"num_local_experts": 1 << 30})
     with pytest.raises(ValueError, match=r"2 layers of 1073741824 experts, but there are only"):
         open_checkpoint(tmp_path)
 

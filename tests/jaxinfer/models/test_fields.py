@@ -86,6 +86,30 @@ def test_a_context_at_the_top_goes_before_that_of_the_rope() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("context", "factor", "expected"), [(64, 4.0, 256), (80, 4.0, 256), (64, 1e14, 1 << 30)]
+)
+def test_yarn_stretches_the_context(context: int, factor: float, expected: int) -> None:
+    """As Qwen's cards have it: max_position_embeddings stays what it was."""
+    rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 64}
+    changes = {"max_position_embeddings": context, "rope_theta": 1e6}
+    for case in ("qwen2", "qwen3"):
+        model = read(case, "rope_parameters", rope_scaling=rope, **changes)
+        assert model.max_position_embeddings == expected
+    kinds = {"full_attention": {**rope, "rope_theta": 1e6}, "sliding_attention": DEFAULT}
+    model = read("gemma3", rope_parameters=kinds, max_position_embeddings=context)
+    assert model.max_position_embeddings == expected
+
+
+def test_a_context_that_is_stretched_already() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    changes = {"max_position_embeddings": 512}
+    yarn = read("qwen2", "rope_parameters", rope_scaling=rope, **changes)
+    assert yarn.max_position_embeddings == 512
+    linear = read("qwen2", "rope_parameters", rope_scaling=LINEAR, **changes)
+    assert linear.max_position_embeddings == 512
+
+
 def test_a_factor_of_longrope_goes_before_the_ratio_of_contexts() -> None:
     plain = read("phi3", rope_parameters=LONG).rope_scaling
     given = read("phi3", rope_parameters={**LONG, "factor": 3.0}).rope_scaling

@@ -56,6 +56,38 @@ def test_pre_tokenizers(name: str, expected: list[str]) -> None:
     assert pieces(tokenizer, "abc a 1234<tool é><|end|>") == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("deepseek-r1-qwen", "qwen2"),
+        ("megrez", "qwen2"),
+        ("stablelm2", "qwen2"),
+        ("hunyuan", "qwen2"),
+        ("falcon3", "llama-bpe"),
+        ("midm-2.0", "llama-bpe"),
+        ("llama4", "gpt-4o"),
+        ("mellum", "gpt-2"),
+        ("a.x-4.0", "gpt-2"),
+        ("starcoder", "smollm"),
+        ("minerva-7b", "smollm"),
+    ],
+)
+def test_names_of_one_split(name: str, same: str) -> None:
+    """As llama.cpp groups them."""
+    alias, base = (Tokenizer(replace(SPEC, pre_tokenizer=one)) for one in (name, same))
+    for text in ("abc a 1234 a's\n\n x", "HelloWorld 12 ab'S", "  a\t1a"):
+        assert alias.encode(text) == base.encode(text)
+
+
+def test_a_word_that_is_a_token_is_one_though_no_merge_makes_it() -> None:
+    """So for Llama 3's names; others with its split take merges."""
+    tokens = tuple("xyz" if token == "abc" else token for token in SPEC.tokens)
+    spec = replace(SPEC, tokens=tokens, merges=("a b",))
+    for name, is_whole in (("falcon3", True), ("llama3", True), ("smaug-bpe", False)):
+        ids = Tokenizer(replace(spec, pre_tokenizer=name)).encode("xyz")
+        assert (ids == [tokens.index("xyz")]) == is_whole
+
+
 def test_properties_and_bos() -> None:
     assert TOKENIZER.vocab_size == len(SPEC.tokens)
     assert (TOKENIZER.bos_token_id, TOKENIZER.eos_token_ids) == (START, (END,))
@@ -71,7 +103,7 @@ def test_properties_and_bos() -> None:
     [
         (
             {"pre_tokenizer": "bloom"},
-            "'bloom' is not supported; supported are gpt-2, gpt-4o",
+            "'bloom' is not supported; supported are a.x-4.0, chatglm-bpe, .*gpt-4o",
         ),
         ({"tokens": (*SPEC.tokens, "ab")}, "265 tokens only 264 are different"),
         ({"merges": ("ab",)}, "a merge must be two tokens and a space, got 'ab'"),
@@ -92,6 +124,15 @@ def test_ids_and_text_that_are_refused() -> None:
             TOKENIZER.decode([token_id])
     with pytest.raises(ValueError, match="not valid Unicode at character 1"):
         TOKENIZER.encode("a\ud800")
+
+
+def test_rows_without_a_token_are_no_text() -> None:
+    """A model may write one of the rows that fill its embedding up."""
+    count = len(SPEC.tokens)
+    tokenizer = Tokenizer(SPEC, num_embeddings=count + 2)
+    assert tokenizer.decode([*tokenizer.encode("ab"), count + 1]) == "ab"
+    with pytest.raises(ValueError, match=rf"token id must be in .* got {count + 2}"):
+        tokenizer.decode([count + 2])
 
 
 def test_control_tokens_are_left_out_of_text() -> None:
