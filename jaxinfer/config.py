@@ -45,6 +45,8 @@ class ModelConfig:
     ``query_pre_attn_scalar``: scores are divided by its root instead of ``head_dim``'s.
     With ``num_experts`` the MLP of a layer is that many of ``intermediate_size``, of which a token
     takes ``num_experts_per_tok``; ``norm_topk_prob``: their weights are made to add up to 1.
+    ``unused_tokens``: ranges [first, end) of ids that no token has, in order: rows that fill the
+    embedding up to a round number. They are never chosen, and asked for neither.
     """
 
     architecture: str
@@ -68,6 +70,7 @@ class ModelConfig:
     num_experts: int = 0
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = True
+    unused_tokens: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -96,6 +99,25 @@ class ModelConfig:
         self._check_rotation()
         self._check_layers()
         self._check_experts()
+        self._check_unused_tokens()
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns the end of the ids that may be asked for: those behind it only fill up."""
+        unused = self.unused_tokens
+        return unused[-1][0] if unused and unused[-1][1] == self.vocab_size else self.vocab_size
+
+    def _check_unused_tokens(self) -> None:
+        last = 0
+        for first, end in self.unused_tokens:
+            if not last <= first < end <= self.vocab_size:
+                raise ValueError(
+                    f"unused_tokens must be ranges in order and in [0, {self.vocab_size}], got "
+                    f"({first}, {end}) behind {last}"
+                )
+            last = end
+        if sum(end - first for first, end in self.unused_tokens) == self.vocab_size:
+            raise ValueError(f"unused_tokens are all {self.vocab_size} tokens there are")
 
     def _check_rotation(self) -> None:
         rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim

@@ -219,7 +219,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ``ValueError`` when this engine can never serve it."""
-        request.check_fits(self.spec.model.vocab_size, self.spec.config.max_model_len)
+        request.check_fits(self.spec.model.num_tokens, self.spec.config.max_model_len)
         self._scheduler.add(request, time.monotonic())
 
     def abort(self, request_id: str, choice: int | None = None) -> None:

@@ -202,7 +202,7 @@ class Request:
                 f"({self.max_tokens}) is {total}, more than max_model_len ({max_model_len})"
             )
 
-    def check_fits(self, vocab_size: int, max_model_len: int) -> None:
+    def check_fits(self, num_tokens: int, max_model_len: int) -> None:
         """Raises ``ValueError`` when this model cannot serve this request."""
         self.check_length(max_model_len)
         biased = [token_id for token_id, _ in self.sampling.logit_bias]
@@ -212,9 +212,9 @@ class Request:
             ("token ids of logit_bias", biased),
         ):
             low, high = min(token_ids, default=0), max(token_ids, default=0)
-            if low < 0 or high >= vocab_size:
+            if low < 0 or high >= num_tokens:
                 raise ValueError(
-                    f"{name} must be in [0, {vocab_size - 1}], got {low if low < 0 else high}"
+                    f"{name} must be in [0, {num_tokens - 1}], got {low if low < 0 else high}"
                 )
 
 

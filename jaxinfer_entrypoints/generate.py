@@ -160,7 +160,7 @@ def make_request(
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
     )
-    request.check_fits(engine.spec.model.vocab_size, engine.spec.config.max_model_len)
+    request.check_fits(engine.spec.model.num_tokens, engine.spec.config.max_model_len)
     return request
 
 

@@ -108,13 +108,13 @@ class Decoder(nnx.Module):
         return self.normed(x), tuple(written)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[R, E] -> [R, V] float32, whole on every device."""
+        """[R, E] -> [R, V] float32, whole on every device; -inf for what is no token."""
         logits = weights.product(hidden, weights.matrix(self.lm_head))
         # The one gather of a step: each device has the columns of its part of the vocabulary, and
         # sampling, which looks at all of them many times, is then the same on every device. Columns
         # that only fill up the last part are zeros and must not be chosen: they end here.
         logits = layers.gathered(logits, (None, "vocab"), self.mesh)
-        return logits[:, : self.model.vocab_size]
+        return layers.without_unused(logits[:, : self.model.vocab_size], self.model)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """[T] -> [T, E], what the first layer gets."""

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer.config import ModelConfig
 from jaxinfer.declaration import Declaration
 from jaxinfer.kv_cache import KV_PAGES_AXES
 from jaxinfer.sharding import named_sharding, num_tensor_devices, partition_spec
@@ -94,6 +96,16 @@ def gathered(array: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) 
         return array
     parts = jax.lax.with_sharding_constraint(array, named_sharding(mesh, axes))
     return jax.lax.with_sharding_constraint(parts, named_sharding(mesh))
+
+
+def without_unused(logits: jax.Array, model: ModelConfig) -> jax.Array:
+    """Returns ``logits`` [R, V], -inf for ids that no token has: nothing makes them likely."""
+    if not model.unused_tokens:
+        return logits
+    is_unused = np.zeros(model.vocab_size, bool)
+    for first, end in model.unused_tokens:
+        is_unused[first:end] = True
+    return jnp.where(is_unused[None, :], -jnp.inf, logits)
 
 
 def rms_norm(inputs: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

@@ -49,7 +49,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     for name, changes in ARRANGEMENTS.items():
         engine = new_engine(loaded, shapes, **changes)
         lengths = [32] * loaded.spec.config.max_num_seqs
-        prompts = random_prompts(loaded.spec.model.vocab_size, lengths)
+        prompts = random_prompts(loaded.spec.model.num_tokens, lengths)
         measure(engine, requests_of(prompts, 4))
         before, cpu_before = engine.host_seconds, engine.host_cpu_seconds
         # The prompts are found in the prefix cache, so that nearly all steps are decodes.
@@ -81,7 +81,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
 
 def feature_times(loaded: LoadedModel, engine: Engine) -> dict[str, float]:
     """Milliseconds of a decode step, all slots in use, by what the requests ask for."""
-    prompts = random_prompts(loaded.spec.model.vocab_size, [32] * engine.spec.config.max_num_seqs)
+    prompts = random_prompts(loaded.spec.model.num_tokens, [32] * engine.spec.config.max_num_seqs)
     times: dict[str, list[float]] = {name: [] for name in FEATURES}
     for _ in range(3):  # in turns, so that a drift of the machine meets all
         for name, fields in FEATURES.items():

@@ -35,7 +35,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
     """Counts the requests that gave the tokens they give alone, by arrangement; and the cost."""
     longest = min(768, loaded.spec.config.max_model_len)
     requests = make_requests(
-        loaded.spec.model.vocab_size, longest, options.num_prompts, options.output_len
+        loaded.spec.model.num_tokens, longest, options.num_prompts, options.output_len
     )
     alone: dict[str, list[int]] = {}
     results = {}
@@ -147,14 +147,14 @@ def cost(loaded: LoadedModel) -> dict[str, Any]:
         few = [shape for shape in shapes if shape.num_tiles in (0, shapes[-1].num_tiles)]
         engine = new_engine(loaded, few, batch_invariant=batch_invariant, prefix_cache=False)
         for size in (1, loaded.spec.config.max_num_seqs):
-            prompts = random_prompts(loaded.spec.model.vocab_size, [64] * size)
+            prompts = random_prompts(loaded.spec.model.num_tokens, [64] * size)
             requests = [Request(str(i), p, 33, ignore_eos=True) for i, p in enumerate(prompts)]
             measure(engine, requests)
             measured: Measured = measure(engine, requests)
             speed = measured.decode_tokens / measured.decode_seconds
             speeds.setdefault(f"decode tok/s, batch {size}", []).append(speed)
         length = min(512, engine.spec.config.max_model_len // 2)
-        prompts = random_prompts(loaded.spec.model.vocab_size, [length] * 4, seed=1)
+        prompts = random_prompts(loaded.spec.model.num_tokens, [length] * 4, seed=1)
         measured = measure(engine, [Request(str(i), p, 1) for i, p in enumerate(prompts)])
         speeds.setdefault("prefill tok/s", []).append(4 * length / measured.seconds)
         del engine

@@ -42,7 +42,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
             max_num_seqs=size,
             prefix_cache=False,
         )
-        prompts = random_prompts(loaded.spec.model.vocab_size, [options.prompt_len] * 2 * size)
+        prompts = random_prompts(loaded.spec.model.num_tokens, [options.prompt_len] * 2 * size)
         measure(engine, requests_of(prompts[:1], 3))
         measured = measure(engine, requests_of(prompts, options.output_len), f"{size} at once")
         points.append(

@@ -40,7 +40,7 @@ def run(loaded: LoadedModel, options: Options) -> dict[str, Any]:
         )
     lengths = [options.prompt_len] * options.num_prompts
     # Other prompts each time, so that none is found in the prefix cache.
-    sets = [random_prompts(loaded.spec.model.vocab_size, lengths, seed) for seed in range(3)]
+    sets = [random_prompts(loaded.spec.model.num_tokens, lengths, seed) for seed in range(3)]
     # Each program once, so that nothing measured is a first time.
     measure(loaded.engine, requests_of(sets[0][:1], 2), "warm up")
     prefill = measure(loaded.engine, requests_of(sets[1], 1), "prefill")

@@ -79,7 +79,7 @@ def kv_cache(loaded: LoadedModel) -> Iterator[Row]:
     """Decoding with the cache against computing the whole sequence again for every token."""
     engine = engine_for(loaded, prefix_cache=False)
     for size, count in ((1, 8), (16, 2)):
-        prompts = random_prompts(loaded.spec.model.vocab_size, [256] * size)
+        prompts = random_prompts(loaded.spec.model.num_tokens, [256] * size)
         ours = measure(engine, requests_of(prompts, 33))
         # Token by token: the prompt and all tokens so far as a new request.
         seconds, tokens = 0.0, [list[int]() for _ in prompts]
@@ -103,7 +103,7 @@ def paging(loaded: LoadedModel) -> Iterator[Row]:
     """Pages as needed against a reserved maximum length, in the same bytes, mixed lengths."""
     random = np.random.default_rng(1)
     page_size, length = loaded.spec.config.page_size, SIZES["max_model_len"]
-    prompts = random_prompts(loaded.spec.model.vocab_size, random.integers(32, 640, 24).tolist())
+    prompts = random_prompts(loaded.spec.model.num_tokens, random.integers(32, 640, 24).tolist())
     requests = requests_of(prompts, 32)
     num_pages, reserved = 4 * -(-length // page_size), 4
     paged = engine_for(loaded, num_pages=num_pages, prefix_cache=False)
@@ -126,7 +126,7 @@ def continuous_batching(loaded: LoadedModel) -> Iterator[Row]:
     engine = engine_for(loaded, prefix_cache=False)
     lengths = random.integers(16, 128, 48).tolist()
     max_tokens = random.integers(8, 128, 48).tolist()
-    prompts = random_prompts(loaded.spec.model.vocab_size, lengths)
+    prompts = random_prompts(loaded.spec.model.num_tokens, lengths)
     ours = measure(engine, requests_of(prompts, max_tokens))
 
     size, seconds = SIZES["max_num_seqs"], 0.0
@@ -157,7 +157,7 @@ def continuous_batching(loaded: LoadedModel) -> Iterator[Row]:
 
 def prefix_cache(loaded: LoadedModel) -> Iterator[Row]:
     """A shared prompt of 1,000 tokens found in the cache against computed each time."""
-    shared, *own = random_prompts(loaded.spec.model.vocab_size, [1000] + [20] * 8)
+    shared, *own = random_prompts(loaded.spec.model.num_tokens, [1000] + [20] * 8)
     requests = requests_of([shared + tokens for tokens in own], 8)
     runs: list[Measured] = []
     for enabled in (False, True):
@@ -177,7 +177,7 @@ def prefix_cache(loaded: LoadedModel) -> Iterator[Row]:
 
 def asynchronous_steps(loaded: LoadedModel) -> Iterator[Row]:
     """Sending a step before the one before is read, and several steps in one call."""
-    prompts = random_prompts(loaded.spec.model.vocab_size, [16] * 16)
+    prompts = random_prompts(loaded.spec.model.num_tokens, [16] * 16)
     rates: list[float] = []
     runs: list[Measured] = []
     for changes in ({"steps_ahead": 0}, {}, {"max_steps_per_call": 8}):
@@ -214,7 +214,7 @@ def quantization(loaded: LoadedModel) -> Iterator[Row]:
         engine_for(variant, prefix_cache=False, max_num_seqs=32) for variant in (loaded, small)
     ]
     for size in (1, 8, 16, 32):
-        requests = requests_of(random_prompts(loaded.spec.model.vocab_size, [32] * size), 33)
+        requests = requests_of(random_prompts(loaded.spec.model.num_tokens, [32] * size), 33)
         plain, quantized = (measure(engine, requests) for engine in engines)
         before, after = (run.decode_tokens / run.decode_seconds for run in (plain, quantized))
         yield faster(f"{title}, batch {size}", "2-4x", "decode tok/s", (before, after), None)
@@ -257,7 +257,7 @@ def engine_for(loaded: LoadedModel, **changes: Any) -> Engine:
     """An engine of this table's sizes that has run a little."""
     engine = new_engine(loaded, **(SIZES | changes))
     for length in (8, 100, 600):
-        measure(engine, requests_of(random_prompts(loaded.spec.model.vocab_size, [length], 99), 3))
+        measure(engine, requests_of(random_prompts(loaded.spec.model.num_tokens, [length], 99), 3))
     return engine
 
 

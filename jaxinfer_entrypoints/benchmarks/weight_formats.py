@@ -177,7 +177,7 @@ def _rates(variant: LoadedModel) -> dict[str, float]:
     engine = new_engine(variant, shapes, max_num_seqs=rows[-1])
     rates = {}
     for size in BATCHES:
-        prompts = random_prompts(variant.spec.model.vocab_size, [PROMPT_TOKENS] * size)
+        prompts = random_prompts(variant.spec.model.num_tokens, [PROMPT_TOKENS] * size)
         measure(engine, requests_of(prompts, 4))
         measured = measure(engine, requests_of(prompts, NEW_TOKENS))
         rate = measured.decode_tokens / measured.decode_seconds

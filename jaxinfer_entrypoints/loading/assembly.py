@@ -32,11 +32,11 @@ from jaxinfer.sharding import (
 )
 from jaxinfer.step import Parameters
 from jaxinfer_entrypoints.loading.devices import pick_devices
-from jaxinfer_entrypoints.loading.draft import check_vocabulary
 from jaxinfer_entrypoints.loading.dtypes import describe_rounding, pick_dtypes
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.loading.sizes import describe_context, engine_config
+from jaxinfer_entrypoints.loading.vocabulary import check_vocabulary, unused_tokens
 from jaxinfer_entrypoints.memory.peak import PeakMemory
 from serving.text.tokenizer import Tokenizer
 
@@ -248,7 +248,11 @@ def _open_model(
         checkpoint = open_checkpoint(path)
     for note in checkpoint.notes:
         phases.say(note)
-    return checkpoint, checkpoint.model
+    model = checkpoint.model
+    if needs_weights:
+        unused = unused_tokens(checkpoint.tokenizer.tokens, model.vocab_size)
+        model = dataclasses.replace(model, unused_tokens=unused)
+    return checkpoint, model
 
 
 def new_engine(

@@ -70,5 +70,5 @@ def admitted_request(
         priority=message.priority,
         cache_salt=message.cache_salt,
     )
-    request.check_fits(served.model.vocab_size, max_model_len)
+    request.check_fits(served.model.num_tokens, max_model_len)
     return request

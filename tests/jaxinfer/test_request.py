@@ -60,10 +60,10 @@ def test_check_length_counts_prompt_and_output() -> None:
 
 def test_check_fits_looks_at_length_and_vocabulary() -> None:
     request = Request("a", (0, 9), max_tokens=1)
-    request.check_fits(vocab_size=10, max_model_len=3)
+    request.check_fits(num_tokens=10, max_model_len=3)
     with pytest.raises(ValueError, match="max_model_len"):
-        request.check_fits(vocab_size=10, max_model_len=2)
+        request.check_fits(num_tokens=10, max_model_len=2)
     with pytest.raises(ValueError, match=r"must be in \[0, 8\], got 9"):
-        request.check_fits(vocab_size=9, max_model_len=3)
+        request.check_fits(num_tokens=9, max_model_len=3)
     with pytest.raises(ValueError, match="got -1"):
-        Request("a", (-1, 9), max_tokens=1).check_fits(vocab_size=9, max_model_len=3)
+        Request("a", (-1, 9), max_tokens=1).check_fits(num_tokens=9, max_model_len=3)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from checkpoints.load import Checkpoint
-from jaxinfer_entrypoints.loading.draft import check_vocabulary
+from jaxinfer_entrypoints.loading.vocabulary import check_vocabulary, unused_tokens
 from tests.checkpoints.gguf.tiny_gguf import (
     CONFIG,
     UINT32,
@@ -40,6 +40,14 @@ def test_vocabularies_must_be_the_same() -> None:
             check_vocabulary(target, checkpoint(*other), "x")
     with pytest.raises(ValueError, match="token 2 is 'd' there and 'c' here"):
         check_vocabulary(target, checkpoint("a", "b", "d"), "x")
+
+
+def test_rows_without_a_token() -> None:
+    """Holes, names of converters that are the id's own, and all behind the last token."""
+    tokens = ("a", "", "[PAD2]", "[PAD2]", "b", "[PAD5]")
+    assert unused_tokens(tokens, 9) == ((1, 3), (5, 9))
+    assert unused_tokens(tokens, 2) == ((1, 2),)
+    assert unused_tokens(tokens[:1], 1) == ()
 
 
 def tokens(run: Run, *flags: str) -> tuple[list[int], dict[str, Any]]:

@@ -49,6 +49,20 @@ def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
     assert "generation_config" not in plain.stderr
 
 
+def test_rows_without_a_token_are_never_chosen(run: Run, tmp_path: Path) -> None:
+    """The embedding has 97 rows; the last one is written where a token has it."""
+    write_folder(tmp_path, "qwen3")
+    arguments = ["--json", "--max-tokens", "100", "--ignore-eos", "--seed", "1", "--n", "4", "ab"]
+    for num_tokens in (96, 97):
+        write_tokenizer(tmp_path, num_tokens)
+        result = run("generate", *arguments, "--temperature", "5", model=str(tmp_path))
+        assert not result.error, result.error
+        choices = result.lines[0]["choices"]
+        assert max(token_id for one in choices for token_id in one["token_ids"]) == num_tokens - 1
+    biased = run("generate", *arguments, "--logit-bias", "96=100", model=str(tmp_path))
+    assert {96} == {*biased.lines[0]["choices"][0]["token_ids"]}
+
+
 def test_short_texts_of_a_longrope_are_those_of_transformers(run: Run, tmp_path: Path) -> None:
     """The original context is served unless more is asked for, which takes the long factors."""
     folder, prompts = tmp_path / "phi", tmp_path / "prompts.jsonl"

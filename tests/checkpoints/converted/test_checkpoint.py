@@ -137,7 +137,7 @@ def test_the_integers_of_a_file_are_converted(tmp_path: Path) -> None:
         ({"name": "checkpoint", "formats": [{"path": 1}]}, "an entry needs a path"),
         (
             {"name": "checkpoint", "formats": [{"path": ["lm_head"], "format": {"kind": "Int9"}}]},
-            "kind must be one of Int8Format, GroupedFormat",
+            "kind must be one of Int8Format, Float8Format, GroupedFormat",
         ),
         (
             {

@@ -57,7 +57,7 @@ def write_folder(
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE of 95 printable characters and "<|end|>", whatever the model's size."""
+    """A byte-level BPE of 95 printable characters, "<|end|>" and further control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [character for character in alphabet if character <= "~"] + ["\u0120"]
     assert len(printable) < vocab_size
@@ -65,7 +65,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
+    others = [f"<|control {number}|>" for number in range(len(printable) + 1, vocab_size)]
+    tokenizer.add_special_tokens(["<|end|>", *others])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
