@@ -12,7 +12,7 @@ import numpy as np
 
 from checkpoints.parameters import ParameterPath
 from jaxinfer.config import AnyTokenizer, DtypePolicy, MatrixFormats, ModelConfig
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.weights import Format, Integers, QuantizedWeight
 
 Progress = Callable[[int, int], None]
@@ -99,6 +99,9 @@ class Checkpoint(Loadable, Protocol):
 
     @property
     def default_sampling(self) -> SamplingParams: ...
+
+    @property
+    def default_ending(self) -> Ending: ...
 
     @property
     def tensors(self) -> Tensors | None: ...

@@ -107,6 +107,20 @@ class SamplingParams:
             raise ValueError("logit_bias names a token id twice")
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Defaults for the end of a text: stop strings, and new tokens before which there is none."""
+
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        LIMITS["num_stop"].check("number of stop", len(self.stop))
+        for i, stop in enumerate(self.stop):
+            LIMITS["stop_characters"].check(f"characters of stop[{i}]", len(stop))
+        LIMITS["min_tokens"].check("min_tokens", self.min_tokens)
+
+
 def _declared_options() -> tuple[SamplingOption, ...]:
     options = []
     for declared in fields(SamplingParams):

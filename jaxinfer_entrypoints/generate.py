@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxinfer.batch import BatchShape
 from jaxinfer.engine import Engine
-from jaxinfer.request import LIMITS, FinishReason, Request, SamplingParams
+from jaxinfer.request import LIMITS, Ending, FinishReason, Request, SamplingParams
 from jaxinfer.schedule import TokenLogprobs
 from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options
 from jaxinfer_entrypoints.command_line.sampling import (
@@ -88,7 +88,7 @@ def generate() -> None:
     """Reads all prompts, checks them, loads the model, and prints results in input order."""
     options = parse_arguments()
     sampling_params(options)  # what cannot be is refused before anything is fetched
-    text_options = checked_text_options(options)
+    checked_text_options(options)
     wanted = load_options(options)
     inputs = read_inputs(options)
     phases = Phases(STARTED, quiet=options.quiet)
@@ -96,13 +96,15 @@ def generate() -> None:
     answers: list[Answer] = []
 
     def pick_shapes(
-        engine: Engine, tokenizer: Tokenizer, default: SamplingParams
+        engine: Engine, tokenizer: Tokenizer, default: SamplingParams, ending: Ending
     ) -> Sequence[BatchShape] | None:
         # What does not fit is refused before the weights are loaded.
         sampling = sampling_params(options, default)
-        if default != SamplingParams() and not options.quiet:
+        text_options = checked_text_options(options, ending)
+        if describe_sampling(default, ending) and not options.quiet:
             note = "sampling, by generation_config.json where no flag says else"
-            print(f"{note}: {describe_sampling(sampling)}", file=sys.stderr)
+            said = describe_sampling(sampling, Ending(text_options.stop, text_options.min_tokens))
+            print(f"{note}: {said}", file=sys.stderr)
         new_text = output_texts(tokenizer, text_options)
         for number, line in enumerate(inputs):
             seed = secrets.randbits(63) if options.seed is None else options.seed
@@ -110,6 +112,9 @@ def generate() -> None:
             try:
                 prompt = tuple(encode(line, tokenizer, options))
                 request = make_request(number, prompt, seeded, engine, tokenizer, options)
+                if options.min_tokens is None:
+                    fewest = min(ending.min_tokens, request.max_tokens)
+                    request = replace(request, min_tokens=fewest)
             except ValueError as error:
                 raise ValueError(f"{line.place}: {error}") from error
             generation = Generation.of(request, new_text)
@@ -155,7 +160,7 @@ def make_request(
         eos_token_ids=tokenizer.eos_token_ids,
         ignore_eos=options.ignore_eos,
         stop_token_ids=tuple(options.stop_token_id),
-        min_tokens=options.min_tokens,
+        min_tokens=options.min_tokens or 0,
         n=options.n,
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,

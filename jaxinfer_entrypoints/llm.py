@@ -88,6 +88,7 @@ class LLM:
             dtypes=loaded.spec.dtypes,
             tokenizer=loaded.tokenizer,
             default_sampling=loaded.default_sampling,
+            default_ending=loaded.default_ending,
         )
         self._generations = Generations(loaded.engine)
         self._answers: dict[str, _Answer] = {}
@@ -206,7 +207,11 @@ class LLM:
         encode, _ = prompt_encoder(message, self._served.tokenizer)
         request = admitted_request(message, request_id, encode(), sampling, self._served)
         return Generation.of(
-            request, output_texts(self._served.tokenizer, text_options(message.sampling))
+            request,
+            output_texts(
+                self._served.tokenizer,
+                text_options(message.sampling, self._served.default_ending),
+            ),
         )
 
     def _check_open(self) -> None:

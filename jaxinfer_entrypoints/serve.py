@@ -10,7 +10,6 @@ import os
 import sys
 import time
 
-from jaxinfer.request import SamplingParams
 from jaxinfer_entrypoints.command_line.engine import add_engine_options, load_options, parse_count
 from jaxinfer_entrypoints.command_line.sampling import describe_sampling
 from jaxinfer_entrypoints.fit.compile_only import compile_only
@@ -55,8 +54,7 @@ def serve() -> None:
         where = loaded.devices[0].device_kind
         if len(loaded.devices) > 1:
             where = f"{len(loaded.devices)} x {where}"
-        if loaded.default_sampling != SamplingParams():
-            said = describe_sampling(loaded.default_sampling)
+        if said := describe_sampling(loaded.default_sampling, loaded.default_ending):
             table += f"\nsampling where a request says nothing (generation_config.json): {said}"
         described = f"{loaded.name} on {where} in {loaded.spec.dtypes.matrices}"
         return ServedModel(
@@ -67,6 +65,7 @@ def serve() -> None:
             dtypes=loaded.spec.dtypes,
             tokenizer=loaded.tokenizer,
             default_sampling=loaded.default_sampling,
+            default_ending=loaded.default_ending,
         )
 
     def on_ready(port: int) -> None:

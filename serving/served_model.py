@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from serving.loop import Engine
 
 
@@ -52,8 +52,9 @@ class Tokenizer(Protocol):
 class ServedModel:
     """All that a service is given.
 
-    ``default_sampling`` is in effect where a request says nothing. Every one of ``engines`` has
-    the whole model and an ``engine_config`` of its own; a request is given to one of them.
+    ``default_sampling`` and ``default_ending`` are in effect where a request says nothing. Every
+    one of ``engines`` has the whole model and an ``engine_config`` of its own; a request is given
+    to one of them.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ServedModel:
     dtypes: DtypePolicy
     tokenizer: Tokenizer
     default_sampling: SamplingParams = field(default_factory=SamplingParams)
+    default_ending: Ending = field(default_factory=Ending)
 
 
 def package_version() -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
-from checkpoints.hugging_face.generation_config import read_default_sampling
+from checkpoints.hugging_face.generation_config import read_generation
 from jaxinfer.batch import BatchShape, Packer, packed_size
 from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, Request, SamplingOption, SamplingParams
 from jaxinfer.sampling_columns import OptionColumns
@@ -166,7 +166,7 @@ def test_generation_config_may_say_it(option: SamplingOption, tmp_path: Path) ->
     path = tmp_path / "generation_config.json"
     for is_sampled, read_when in ((False, ("always",)), (True, ("always", "sampled"))):
         path.write_text(json.dumps({option.name: option.example, "do_sample": is_sampled}))
-        sampling = read_default_sampling(tmp_path)
+        sampling = read_generation(tmp_path, 100).sampling
         is_read = option.model_default in read_when
         usual = 1.0 if is_sampled and option.name == "temperature" else option.default
         assert getattr(sampling, option.name) == (option.example if is_read else usual)

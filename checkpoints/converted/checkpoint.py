@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from jaxinfer.config import (
 )
 from jaxinfer.models import declared_parameters, quantized_weights
 from jaxinfer.models.fields import MAX_LAYERS
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.sharding import physical_model, physical_parameter, place
 from jaxinfer.weights import QuantizedWeight
 
@@ -75,6 +75,9 @@ class OrbaxCheckpoint:
             self.default_sampling = from_json(
                 SamplingParams, fields.get("default_sampling"), "default_sampling"
             )
+            # Folders of before have none.
+            ending = fields.get("default_ending", {"stop": [], "min_tokens": 0})
+            self.default_ending = from_json(Ending, ending, "default_ending")
             if self.model.num_hidden_layers > MAX_LAYERS:
                 raise ValueError(
                     f"model.num_hidden_layers must be at most {MAX_LAYERS}, got "
@@ -265,6 +268,7 @@ class Described:
     default_sampling: SamplingParams
     provenance: Mapping[str, Any]
     quantization: Quantization = PLAIN
+    default_ending: Ending = field(default_factory=Ending)
 
 
 def write_checkpoint(
@@ -292,6 +296,7 @@ def write_checkpoint(
             "format": FORMAT,
             "model": to_json(described.model),
             "default_sampling": to_json(described.default_sampling),
+            "default_ending": to_json(described.default_ending),
             "quantization": quantization_to_json(described.quantization),
             "provenance": dict(described.provenance),
         }

@@ -66,8 +66,8 @@ def convert(
     for path, made in parameters.items():
         if not isinstance(made, Mapping):
             parameters[path] = _in_dtype(path, made, dtype)
-    sampling = checkpoint.default_sampling
-    described = Described(model, tokenizer, sampling, provenance, quantization)
+    sampling, ending = checkpoint.default_sampling, checkpoint.default_ending
+    described = Described(model, tokenizer, sampling, provenance, quantization, ending)
     write_checkpoint(folder, described, parameters)
 
 

@@ -26,7 +26,7 @@ from checkpoints.parameters import ParameterPath, tensor_shapes
 from checkpoints.tensor_names import GGUF_LAYER, GGUF_MODEL, tensor_places
 from jaxinfer.config import SentencePieceSpec, TokenizerSpec
 from jaxinfer.models import declared_parameters, family
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.weights import Format, Integers
 
 _SAMPLING = "general.sampling."
@@ -93,6 +93,11 @@ class GGUFCheckpoint:
         if self._family.gguf_permutes and name.endswith((".q", ".k")):
             data = _unpermute_rows(data, self.model.head_dim)
         return dequantize_columns(data, tensor_type).T
+
+    @property
+    def default_ending(self) -> Ending:
+        """No stop strings: such files have none."""
+        return Ending()
 
     @property
     def tensors(self) -> "GGUFCheckpoint":

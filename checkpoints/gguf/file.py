@@ -103,11 +103,19 @@ class GGUFFile:
 
     def _take(self, num_bytes: int, what: str) -> int:
         """Returns the position of the next ``num_bytes`` and moves past them."""
-        start, left = self._position, len(self._data) - self._position
-        if num_bytes > left:
-            self._refuse(f"{what} needs {num_bytes} bytes at {start}, but {left} are left")
+        start = self._position
+        self._need(start + num_bytes, what)
         self._position = start + num_bytes
         return start
+
+    def _need(self, end: int, what: str) -> None:
+        """Refuses a file that has not ``end`` bytes, up to which ``what`` goes."""
+        size = len(self._data)
+        if end > size:
+            self._refuse(
+                f"the file is cut off or damaged: expected at least {end} bytes, up to the end of "
+                f"{what}, found {size}"
+            )
 
     def _unsigned(self, num_bytes: int, what: str) -> int:
         start = self._take(num_bytes, what)
@@ -137,10 +145,11 @@ class GGUFFile:
             self._refuse(f"GGUF version {version}; versions 2 and 3 are supported")
         num_tensors = self._unsigned(8, "the tensor count")
         num_keys = self._unsigned(8, "the metadata count")
-        left = len(self._data) - self._position
+        self._limit("the tensor count", num_tensors, MAX_TENSORS)
+        self._limit("the metadata count", num_keys, MAX_METADATA_KEYS)
         # Smallest entries: a tensor is 8 + 0 + 4 + 8 + 4 + 8 bytes, a key 8 + 0 + 4 + 1.
-        self._limit("the tensor count", num_tensors, min(MAX_TENSORS, left // 32))
-        self._limit("the metadata count", num_keys, min(MAX_METADATA_KEYS, left // 13))
+        counted = f"a header of {num_keys} keys and {num_tensors} tensors"
+        self._need(self._position + 32 * num_tensors + 13 * num_keys, counted)
         self._num_tensors, self._num_keys = num_tensors, num_keys
 
     def _read_key(self) -> None:
@@ -179,10 +188,9 @@ class GGUFFile:
         return np.frombuffer(self._data, dtype, count, start).copy()
 
     def _strings(self, count: int, what: str) -> tuple[str, ...]:
-        left = len(self._data) - self._position
-        self._limit(f"the number of strings in {what}", count, left // 8)
         self._num_strings += count
         self._limit("the number of strings in all arrays", self._num_strings, MAX_STRINGS)
+        self._need(self._position + 8 * count, f"an array of {count} strings in {what}")
         # The checks of _string in a tight loop: a vocabulary and its merges are 100,000 strings.
         data, position, end = self._data, self._position, len(self._data)
         read_length = struct.Struct("<Q").unpack_from
@@ -190,14 +198,11 @@ class GGUFFile:
         try:
             for _ in range(count):
                 if end - position < 8:
-                    self._refuse(f"{what} ends {8 - (end - position)} bytes past the file")
+                    self._need(position + 8, what)
                 (length,) = read_length(data, position)
                 position += 8
                 if length > end - position:
-                    self._refuse(
-                        f"a string in {what} has {length} bytes at {position}, "
-                        f"but {end - position} are left"
-                    )
+                    self._need(position + length, f"a string in {what}")
                 strings.append(data[position : position + length].decode())
                 position += length
         except UnicodeDecodeError as error:
@@ -229,11 +234,7 @@ class GGUFFile:
             if start < end:
                 self._refuse(f"tensor {info.name!r} at {start} overlaps {previous}, up to {end}")
             end, previous = start + info.num_bytes, f"tensor {info.name!r}"
-            if end > len(self._data):
-                self._refuse(
-                    f"{previous} ends at byte {end}, the file has {len(self._data)}: "
-                    "it is damaged or was not fetched to the end"
-                )
+        self._need(end, previous)
         for info in relative:
             if info.name in self.tensors:
                 self._refuse(f"tensor {info.name!r} occurs twice")

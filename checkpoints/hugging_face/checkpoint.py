@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from checkpoints.checkpoint import PLAIN, Wanted
-from checkpoints.hugging_face.generation_config import read_default_sampling
+from checkpoints.hugging_face.generation_config import (
+    GENERATION_CONFIG,
+    Generation,
+    read_generation,
+)
 from checkpoints.hugging_face.packed_files import PackedFiles
 from checkpoints.hugging_face.packed_tensors import StoredFormat
 from checkpoints.hugging_face.quantization_config import read_packing
@@ -26,7 +30,7 @@ from checkpoints.parameters import ParameterPath, tensor_shapes
 from checkpoints.tensor_names import HUGGING_FACE_LAYER, Place, tensor_places
 from jaxinfer.config import TokenizerJson
 from jaxinfer.models import declared_parameters, family, read_config
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.weights import Integers
 
 CONFIG = "config.json"
@@ -71,15 +75,28 @@ class HuggingFaceCheckpoint:
     @property
     def default_sampling(self) -> SamplingParams:
         """The sampling of generation_config.json. Raises ``ValueError`` when that cannot be."""
-        return read_default_sampling(self.path)
+        return self._generation().sampling
+
+    @property
+    def default_ending(self) -> Ending:
+        """The ends of texts of generation_config.json. Raises as ``default_sampling``."""
+        return self._generation().ending
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Tells of what is left out."""
-        if not self._images:
-            return ()
-        count, first = len(self._images), min(self._images)
-        return (f"{self.path}: {count} tensors for images are left out, {first!r} the first",)
+        """Tells of tensors that are left out, and of generation_config.json what is not done."""
+        notes, unread = list[str](), self._generation().unread
+        if self._images:
+            count, first = len(self._images), min(self._images)
+            notes.append(
+                f"{self.path}: {count} tensors for images are left out, {first!r} the first"
+            )
+        if unread:
+            notes.append(f"{self.path / GENERATION_CONFIG}: not in effect: {', '.join(unread)}")
+        return tuple(notes)
+
+    def _generation(self) -> Generation:
+        return read_generation(self.path, self.model.vocab_size)
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a tensor as float32, ``[out, in]``, by its canonical name, see tensor_names.

@@ -4,6 +4,7 @@ The library checks a file's header against its size: lengths, offsets, shapes an
 index says is checked here.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 # Endings of files with weights, those included that are not read.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 DTYPES = ("F32", "F16", "BF16")
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _COMPARED_NUMBERS = 1 << 22
 
 
@@ -108,9 +110,33 @@ class SafetensorsFiles:
                 part = file.get_slice(name)
                 self._tensors[name] = _Tensor(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
+            if (expected := _expected_bytes(path)) > (size := path.stat().st_size):
+                raise ValueError(
+                    f"{path}: the file is cut off: expected {expected} bytes, found {size}"
+                ) from error
             # The library quotes the file at any length.
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: damaged or not fetched to the end: {reason}") from error
+
+
+def _expected_bytes(path: Path) -> int:
+    """Returns the size that a file's own header speaks of, 0 where there is none to be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                return 8
+            length = int.from_bytes(start, "little")
+            if length > _MAX_HEADER_BYTES:
+                return 0
+            header = file.read(length)
+        if len(header) < length:
+            return 8 + length
+        tensors = json.loads(header)
+        ends = [one["data_offsets"][1] for name, one in tensors.items() if name != "__metadata__"]
+        return 8 + length + int(max(ends, default=0))
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return 0
 
 
 def _found(folder: Path) -> str:

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.max_tokens is not None and options.max_tokens < 1:
         parser.error(f"--max-tokens must be at least 1, got {options.max_tokens}")
-    if options.max_tokens is not None and options.min_tokens > options.max_tokens:
+    if options.max_tokens is not None and (options.min_tokens or 0) > options.max_tokens:
         parser.error(
             f"--min-tokens {options.min_tokens} is more than --max-tokens {options.max_tokens}"
         )

@@ -21,7 +21,7 @@ from jaxinfer.drafters import drafter_traits
 from jaxinfer.engine import Engine
 from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.models import quantized_weights
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.sharding import (
     Device,
     can_divide_heads,
@@ -40,7 +40,7 @@ from jaxinfer_entrypoints.loading.vocabulary import check_vocabulary, unused_tok
 from jaxinfer_entrypoints.memory.peak import PeakMemory
 from serving.text.tokenizer import Tokenizer
 
-PickShapes = Callable[[Engine, Tokenizer, SamplingParams], Sequence[BatchShape] | None]
+PickShapes = Callable[[Engine, Tokenizer, SamplingParams, Ending], Sequence[BatchShape] | None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LoadedModel:
     """A compiled engine with its model, its parameters and its tokenizer.
 
     ``devices``: all that were asked for, of which the engine has the first ``--tensor-parallel``.
-    ``default_sampling``: where nobody says how.
+    ``default_sampling``, ``default_ending``: where nobody says how.
     """
 
     options: LoadOptions
@@ -71,6 +71,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     default_sampling: SamplingParams
+    default_ending: Ending
     devices: list[Device]
     parameters: Parameters
     checkpoint: Checkpoint
@@ -88,7 +89,7 @@ def load_model(
     """Fetches, loads and compiles what ``options`` ask for.
 
     ``pick_shapes``: which steps to compile; all, if it is not given. It is called before anything
-    large is loaded, with the model's default sampling too, and may refuse work that the engine can
+    large is loaded, with the model's defaults too, and may refuse work that the engine can
     never do.
 
     Raises ``ValueError`` in one line for anything a user can mend.
@@ -99,9 +100,11 @@ def load_model(
     assert checkpoint is not None
     with phases.phase("tokenizer"):
         tokenizer = _build_tokenizer(options.model, checkpoint)
-    sampling = checkpoint.default_sampling if options.generation_config else SamplingParams()
+    sampling, ending = SamplingParams(), Ending()
+    if options.generation_config:
+        sampling, ending = checkpoint.default_sampling, checkpoint.default_ending
     engine = Engine(spec)
-    shapes = pick_shapes(engine, tokenizer, sampling) if pick_shapes else None
+    shapes = pick_shapes(engine, tokenizer, sampling, ending) if pick_shapes else None
     parameters = _load(
         phases, "load", checkpoint, plan.spec.dtypes, plan.spec.mesh, engine.abstract_parameters
     )
@@ -127,6 +130,7 @@ def load_model(
         engine=engine,
         tokenizer=tokenizer,
         default_sampling=sampling,
+        default_ending=ending,
         devices=plan.devices,
         parameters=parameters,
         checkpoint=checkpoint,

@@ -13,6 +13,7 @@ from serving.rpc.validate import (
     check_prompt,
     is_on,
     max_tokens_in_effect,
+    min_tokens_in_effect,
     sampling_params,
 )
 from serving.served_model import ServedModel, Tokenizer
@@ -55,15 +56,17 @@ def admitted_request(
 ) -> Request:
     """Makes the request of a message whose prompt is ``token_ids``."""
     wanted, max_model_len = message.sampling, served.engine_config.max_model_len
+    max_tokens = max_tokens_in_effect(wanted, len(token_ids), max_model_len)
+    default_min_tokens = served.default_ending.min_tokens
     request = Request(
         request_id=request_id,
         prompt_token_ids=tuple(token_ids),
-        max_tokens=max_tokens_in_effect(wanted, len(token_ids), max_model_len),
+        max_tokens=max_tokens,
         sampling=sampling,
         eos_token_ids=served.tokenizer.eos_token_ids,
         ignore_eos=wanted.ignore_eos,
         stop_token_ids=tuple(wanted.stop_token_ids),
-        min_tokens=wanted.min_tokens,
+        min_tokens=min_tokens_in_effect(wanted, default_min_tokens, max_tokens),
         n=wanted.n if wanted.HasField("n") else 1,
         logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
         prompt_logprobs=wanted.prompt_logprobs if wanted.HasField("prompt_logprobs") else None,

@@ -131,6 +131,9 @@ def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
                 option.name: getattr(served.default_sampling, option.name)
                 for option in SAMPLING_OPTIONS
                 if option.has_model_default
-            }
+            },
+            logit_bias=dict(served.default_sampling.logit_bias),
+            min_tokens=served.default_ending.min_tokens,
+            stop=served.default_ending.stop,
         ),
     )

@@ -131,7 +131,9 @@ class InferenceService:
         # Before tokenizing, so that refusing costs little when there is too much to do.
         serving.replicas.check_accepts(request_id)
         admitted = await self._admit(request, request_id, serving.served)
-        new_text = output_texts(serving.served.tokenizer, text_options(request.sampling))
+        new_text = output_texts(
+            serving.served.tokenizer, text_options(request.sampling, serving.served.default_ending)
+        )
         stream = serving.replicas.submit(admitted, new_text)
         try:
             await context.send_initial_metadata((("jaxinfer-request-id", request_id),))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, SamplingParams
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, Ending, SamplingParams
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.request_checks import default_max_tokens, random_seed
 from serving.text.conversation import CHAT_LIMITS
@@ -138,13 +138,16 @@ def sampling_params(
 ) -> SamplingParams:
     """Returns the sampling asked for; what is not set is as in ``defaults``.
 
-    A seed is chosen when sampling needs one and none is given.
+    A token's bias that is not given is that of ``defaults`` too. A seed is chosen when sampling
+    needs one and none is given.
     """
     LIMITS["num_logit_bias"].check("number of logit_bias", len(message.logit_bias))
+    defaults = defaults or SamplingParams()
+    biases = dict(defaults.logit_bias) | dict(message.logit_bias)
     names = (*(option.name for option in SAMPLING_OPTIONS), "seed")
     sampling = dataclasses.replace(
-        defaults or SamplingParams(),
-        logit_bias=tuple(sorted(message.logit_bias.items())),
+        defaults,
+        logit_bias=tuple(sorted(biases.items())),
         **{name: getattr(message, name) for name in names if message.HasField(name)},
     )
     if sampling.temperature > 0 and not message.HasField("seed"):
@@ -152,13 +155,20 @@ def sampling_params(
     return sampling
 
 
-def text_options(message: pb.SamplingParams) -> TextOptions:
-    """Returns the wishes for the text."""
+def min_tokens_in_effect(message: pb.SamplingParams, default: int, max_tokens: int) -> int:
+    """Returns ``min_tokens`` as given, or the default, of which no more than may come."""
+    return message.min_tokens if message.HasField("min_tokens") else min(default, max_tokens)
+
+
+def text_options(message: pb.SamplingParams, defaults: Ending | None = None) -> TextOptions:
+    """Returns the wishes for the text; without stop strings those of ``defaults``."""
+    defaults = defaults or Ending()
+    min_tokens = message.min_tokens if message.HasField("min_tokens") else defaults.min_tokens
     return TextOptions(
-        stop=tuple(message.stop),
+        stop=tuple(message.stop) or defaults.stop,
         include_stop_in_output=message.include_stop_in_output,
         skip_control_tokens=is_on(message, "skip_control_tokens"),
-        min_tokens=message.min_tokens,
+        min_tokens=min_tokens,
     )
 
 

@@ -9,6 +9,7 @@ from checkpoints.checkpoint import PLAIN, Wanted
 from checkpoints.maker import make_parameters
 from checkpoints.parameters import ParameterPath
 from jaxinfer.config import ModelConfig
+from jaxinfer.request import Ending
 from jaxinfer.weights import Format, Integers
 
 
@@ -19,6 +20,7 @@ class FloatTensors:
     quantization = PLAIN
     rounding: Mapping[str, float] = {}
     notes: tuple[str, ...] = ()
+    default_ending = Ending()
 
     @property
     def tensors(self) -> Self:

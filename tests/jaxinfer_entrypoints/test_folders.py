@@ -63,6 +63,39 @@ def test_rows_without_a_token_are_never_chosen(run: Run, tmp_path: Path) -> None
     assert {96} == {*biased.lines[0]["choices"][0]["token_ids"]}
 
 
+def test_what_else_a_generation_config_asks_for(run: Run, folder: Path) -> None:
+    """Tokens that never come, the least number of them; the rest is named in a line."""
+    arguments = ["--json", "--max-tokens", "8", "--ignore-eos", "ab c"]
+    plain = run("generate", *arguments, model=str(folder)).lines[0]["token_ids"]
+    fields = {"suppress_tokens": [plain[0]], "min_new_tokens": 99, "num_beams": 4, "min_length": 0}
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    result = run("generate", *arguments, model=str(folder))
+    assert plain[0] not in result.lines[0]["token_ids"]
+    assert "says else: logit_bias of 1 tokens, min_tokens 99" in result.stderr
+    path = folder / "generation_config.json"
+    assert result.stderr.count(f"{path}: not in effect: num_beams 4\n") == 1
+    biased = ["--logit-bias", f"{plain[0]}=0", *arguments]
+    assert run("generate", *biased, model=str(folder)).lines[0]["token_ids"] == plain
+    off = run("generate", "--no-generation-config", *arguments, model=str(folder))
+    assert off.lines[0]["token_ids"] == plain
+
+
+def test_stop_strings_of_a_generation_config(run: Run, folder: Path, convert: "Convert") -> None:
+    arguments = ["--json", "--max-tokens", "12", "--ignore-eos", "ab c"]
+    text = run("generate", *arguments, model=str(folder)).lines[0]["text"]
+    stop = text[1:3]
+    assert len(stop) == 2
+    fields = {"stop_strings": [stop]}
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    converted = folder.parent / "converted"
+    convert(str(folder), str(converted), "--quiet")
+    for model in (folder, converted):
+        line = run("generate", *arguments, model=str(model)).lines[0]
+        assert (line["text"], line["stop_string"]) == (text.split(stop)[0], stop)
+    other = run("generate", "--stop", "no such text", *arguments, model=str(folder)).lines[0]
+    assert other["text"] == text
+
+
 def test_short_texts_of_a_longrope_are_those_of_transformers(run: Run, tmp_path: Path) -> None:
     """The original context is served unless more is asked for, which takes the long factors."""
     folder, prompts = tmp_path / "phi", tmp_path / "prompts.jsonl"

@@ -13,7 +13,7 @@ import pytest
 from jaxinfer.batch import batch_shapes
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import Engine
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Ending, Request, SamplingParams
 from jaxinfer_entrypoints.generate import shapes_for
 from jaxinfer_entrypoints.loading.assembly import PickShapes
 from serving.text.tokenizer import Tokenizer
@@ -219,13 +219,15 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
             config=served.engine_config, model=served.model, dtypes=served.dtypes
         )
         planned = SimpleNamespace(spec=spec, shapes=batch_shapes(served.engine_config))
-        pick_shapes(cast(Engine, planned), cast(Tokenizer, served.tokenizer), SamplingParams())
+        tokenizer = cast(Tokenizer, served.tokenizer)
+        pick_shapes(cast(Engine, planned), tokenizer, SamplingParams(), Ending())
         return SimpleNamespace(
             name="fake",
             engine=engine,
             spec=spec,
             tokenizer=served.tokenizer,
             default_sampling=SamplingParams(),
+            default_ending=Ending(),
         )
 
     monkeypatch.setattr("jaxinfer_entrypoints.llm.load_model", load)

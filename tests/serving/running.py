@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from serving.client import AsyncClient
 from serving.rpc.server import ServerOptions, serve
 from tests.patience import HANG_SECONDS
@@ -29,13 +29,15 @@ async def running_server(
     grace_seconds: float = 5.0,
     max_live_requests: int = 64,
     default_sampling: SamplingParams | None = None,
+    default_ending: Ending | None = None,
 ) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """Yields "host:port" and the event that stops the server; a failed server raises at the end."""
     stop, default = asyncio.Event(), default_sampling or SamplingParams()
+    defaults = {"default_sampling": default, "default_ending": default_ending or Ending()}
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
         serve(
-            lambda: replace(served_model(*engines), default_sampling=default),
+            lambda: replace(served_model(*engines), **defaults),
             ServerOptions(port=0, grace_seconds=grace_seconds, max_live_requests=max_live_requests),
             on_ready=ready.set_result,
             stop=stop,

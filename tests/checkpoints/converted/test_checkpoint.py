@@ -22,7 +22,7 @@ from checkpoints.stored import require_stored_formats
 from jaxinfer import models, sharding
 from jaxinfer.config import STORED, AnyTokenizer, DtypePolicy, TokenizerSpec
 from jaxinfer.models import quantized_weights
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.sharding import make_mesh
 from tests.checkpoints.gguf.tiny_gguf import Q4_1, llama_bytes
 from tests.conftest import ManyDevices
@@ -31,6 +31,7 @@ from tests.jaxinfer.models.test_families import ONE_OF_EACH
 from tests.serving.text.test_tokenizer_reference import KINDS, spec_of
 
 TOKENIZER = TokenizerSpec(tokens=("a", "b"), merges=(), pre_tokenizer="gpt-2", eos_token_ids=(1,))
+ENDING = Ending(stop=("\n\n",), min_tokens=2)
 SAMPLING = SamplingParams(temperature=0.5, top_k=3)
 
 
@@ -39,6 +40,7 @@ class Source(RandomCheckpoint):
 
     tokenizer: AnyTokenizer = TOKENIZER
     default_sampling = SAMPLING
+    default_ending = ENDING
 
 
 def write(folder: Path, case: str = "qwen3", dtype: Any = np.float32) -> None:
@@ -191,11 +193,12 @@ def test_tokenizers_come_back(tmp_path: Path, kind: str) -> None:
         for path, shape in models.parameter_shapes(source.model).items()
     }
     folder = tmp_path / "converted"
-    described = orbax.Described(source.model, spec, SAMPLING, {})
+    described = orbax.Described(source.model, spec, SAMPLING, {}, default_ending=ENDING)
     orbax.write_checkpoint(folder, described, parameters)
     checkpoint = OrbaxCheckpoint(folder)
     assert checkpoint.tokenizer == spec
     assert checkpoint.default_sampling == SAMPLING
+    assert checkpoint.default_ending == ENDING
 
 
 def test_provenance(tmp_path: Path) -> None:
@@ -277,6 +280,8 @@ def model_with(**values: Any):
         (model_with(architecture="mamba"), "'mamba' is not supported"),
         (edit(lambda f: f["default_sampling"].update(top_p=7)), "top_p must be in"),
         (edit(lambda f: f["default_sampling"].update(logit_bias=[[1]])), "must be 2 values, got 1"),
+        (edit(lambda f: f["default_ending"].update(min_tokens="1")), "min_tokens must be of type"),
+        (edit(lambda f: f["default_ending"].update(stop=[""])), r"stop\[0\] must be in \[1, 256"),
     ],
 )
 def test_damaged_folders_are_refused(

@@ -72,6 +72,13 @@ def test_prompts_begin_with_bos_by_the_name_of_the_split(
     assert (spec.pre_tokenizer, spec.add_bos_token) == (name, begins)
 
 
+def test_keys_of_samplers_are_named(tmp_path: Path) -> None:
+    assert open_bytes(tmp_path, llama_bytes()).notes == ()
+    keys = {"general__sampling__temp": (FLOAT32, 0.6), "general__sampling__top_k": (INT32, 20)}
+    (note,) = open_bytes(tmp_path, llama_bytes(F32, **keys)).notes
+    assert note.endswith("test.gguf: not read: general.sampling.temp, general.sampling.top_k")
+
+
 def test_every_end_of_text_token_counts(tmp_path: Path) -> None:
     keys = {"tokenizer__ggml__eot_token_id": (UINT32, 1)}
     assert open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer.eos_token_ids == (0, 1)

@@ -104,11 +104,23 @@ def key(kind: int, value: bytes, name: str = "k") -> bytes:
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        ([key(STRING, struct.pack("<Q", HUGE))], f"'k' needs {HUGE} bytes"),
+        (
+            [key(STRING, struct.pack("<Q", HUGE))],
+            f"at least {HUGE + 45} bytes, .* 'k'",
+        ),
         ([key(STRING, struct.pack("<Q", 2) + b"\xff\xff")], "'k' at .* is not UTF-8"),
-        ([key(ARRAY, struct.pack("<IQ", STRING, HUGE))], f"strings in 'k' is {HUGE}"),
-        ([key(ARRAY, struct.pack("<IQ", UINT32, HUGE))], f"'k' needs {4 * HUGE} bytes"),
-        ([key(ARRAY, struct.pack("<IQQ", STRING, 1, HUGE))], f"string in 'k' has {HUGE} bytes"),
+        (
+            [key(ARRAY, struct.pack("<IQ", STRING, HUGE))],
+            f"in all arrays is {HUGE}",
+        ),
+        (
+            [key(ARRAY, struct.pack("<IQ", UINT32, HUGE))],
+            f"least {4 * HUGE + 49} bytes",
+        ),
+        (
+            [key(ARRAY, struct.pack("<IQQ", STRING, 1, HUGE))],
+            f"{HUGE + 57} bytes, .* in 'k'",
+        ),
         ([key(ARRAY, struct.pack("<IQQ", STRING, 1, 1) + b"\xff")], "string in 'k' .* not UTF-8"),
         ([key(ARRAY, struct.pack("<IQ", ARRAY, 1))], "'k' is an array of arrays"),
         ([key(ARRAY, struct.pack("<IQ", 99, 1))], "'k' has element type 99"),
@@ -139,8 +151,8 @@ def info(
 @pytest.mark.parametrize(
     ("infos", "match"),
     [
-        ([info((HUGE, HUGE, HUGE, HUGE))], "'x' ends at byte .*, the file has"),
-        ([info((1 << 33, 1 << 31))], "'x' ends at byte .*, the file has"),
+        ([info((HUGE, HUGE, HUGE, HUGE))], "expected at least .* 'x', found 8288$"),
+        ([info((1 << 33, 1 << 31))], "expected at least .* 'x', found 8288$"),
         ([info((0, 4))], "every dimension must be at least 1"),
         ([info(num_dimensions=0)], "0 dimensions, 1 to 4"),
         ([info(num_dimensions=1 << 31)], f"{1 << 31} dimensions, 1 to 4"),
@@ -148,8 +160,8 @@ def info(
         ([info(number=11)], "'x' has type Q3_K; supported are BF16, F16, F32, Q4_0, Q4_1, Q4_K, "),
         ([info(number=77)], "'x' has type 77; supported"),
         ([info(offset=16)], "offset 16, not a multiple of the alignment 32"),
-        ([info(offset=1 << 40)], "'x' ends at byte .*, the file has"),
-        ([info((32, 100))], "'x' ends at byte .* damaged or was not fetched"),
+        ([info(offset=1 << 40)], "expected at least .* 'x', found 8288$"),
+        ([info((32, 100))], "cut off or damaged: expected at least 12896 bytes"),
         ([info(), info(offset=32, name="y")], "'y' at .* overlaps tensor 'x'"),
         ([info(), info(offset=0, name="y")], "'y' at .* overlaps tensor 'x'"),
         ([info(), info(offset=512)], "'x' occurs twice"),
@@ -208,3 +220,14 @@ def test_a_damaged_file_is_read_or_refused(
         for name in ("embed_tokens", "norm", "layers.1.q", "layers.0.down"):
             checkpoint.tensor(name)
         assert checkpoint.tokenizer.tokens
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    """Wherever it ends, it is said so, with the bytes that there should be and those found."""
+    data = tiny_gguf.llama_bytes()
+    for size in (24, 30, 100, 500, 1500, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError, match=rf"cut off or damaged: .*, found {size}$") as error:
+            read(tmp_path, data[:size])
+        expected = int(str(error.value).split("expected at least ")[1].split(" ")[0])
+        assert size < expected <= len(data)
+    assert expected == len(data)

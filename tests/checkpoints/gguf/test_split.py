@@ -204,7 +204,7 @@ def test_a_shard_under_another_name(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     path, second = write_shards(tmp_path, 2), shard_path(tmp_path, 2, 2)
     second.write_bytes(second.read_bytes()[:-100])
-    refused(path, second, "damaged or was not fetched to the end")
+    refused(path, second, "cut off or damaged: expected at least")
     second.chmod(0)
     try:
         second.read_bytes()

@@ -190,8 +190,11 @@ def test_a_file_that_was_not_fetched_to_the_end(tmp_path: Path) -> None:
     data = path.read_bytes()
     for size in (0, 7, 100, len(data) - 1):
         path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match="damaged or not fetched to the end"):
+        with pytest.raises(ValueError, match=rf"cut off: expected \d+ bytes, found {size}$"):
             open_checkpoint(tmp_path)
+    assert len(data) > 1000
+    with pytest.raises(ValueError, match=f"expected {len(data)} bytes, found {len(data) - 1}"):
+        open_checkpoint(tmp_path)
 
 
 def test_integers_are_no_weights(tmp_path: Path) -> None:

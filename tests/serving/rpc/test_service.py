@@ -6,12 +6,19 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from jaxinfer.request import LIMITS, SamplingParams
+from jaxinfer.request import LIMITS, Ending, SamplingParams
 from serving.client import AsyncClient, Delta, Finished, Message, ServerError, Started
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
 from serving.text.conversation import CHAT_LIMITS
-from tests.serving.fakes import EOS, MAX_MODEL_LEN, NUM_PAGES, FakeEngine, expected_token_ids
+from tests.serving.fakes import (
+    EOS,
+    MAX_MODEL_LEN,
+    NUM_PAGES,
+    FakeEngine,
+    expected_text,
+    expected_token_ids,
+)
 from tests.serving.running import run, running_client, running_server, until
 
 
@@ -140,6 +147,32 @@ def test_sampling_is_the_models_own_where_a_request_says_nothing() -> None:
             replace(default, temperature=1.0, seed=3, presence_penalty=1),
             replace(default, temperature=0),
         ]
+
+    run(test())
+
+
+def test_ends_and_biases_are_the_models_own_where_a_request_says_nothing() -> None:
+    default = SamplingParams(logit_bias=((3, -100.0), (5, -100.0)))
+    tokens = expected_text([256, 97], 9)
+    ending = Ending(stop=(tokens[6],), min_tokens=4)
+    engine = FakeEngine()
+
+    async def test() -> None:
+        defaults = {"default_sampling": default, "default_ending": ending}
+        async with running_client(engine, **defaults) as client:
+            said = (await client.model_info()).default_sampling
+            first = await client.complete("a", max_tokens=9)
+            other = await client.complete(
+                "a", max_tokens=9, stop=[tokens[2]], min_tokens=0, logit_bias={5: 1.0, 7: 2.0}
+            )
+            await client.complete("a", max_tokens=2)
+        assert dict(said.logit_bias) == dict(default.logit_bias)
+        assert (list(said.stop), said.min_tokens) == ([tokens[6]], 4)
+        assert (first.text, other.text) == (tokens[:6], tokens[:2])
+        assert [request.min_tokens for request in engine.requests] == [4, 0, 2]
+        biases = [request.sampling.logit_bias for request in engine.requests]
+        assert biases[0] == default.logit_bias
+        assert biases[1] == ((3, -100.0), (5, 1.0), (7, 2.0))
 
     run(test())
 
