@@ -3,6 +3,7 @@
 Field names are those of a Hugging Face ``config.json`` where one exists.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -300,6 +301,29 @@ class DraftModel:
     dtypes: DtypePolicy
 
 
+# Of the fields of ``EngineConfig``, both included.
+SIZE_LIMITS: Mapping[str, tuple[int, int]] = {
+    "max_num_seqs": (1, 1024),
+    "max_num_batched_tokens": (8, 65536),
+    "max_model_len": (2, 1 << 20),
+    "page_size": (1, 1024),
+    "num_pages": (1, MAX_PAGES),
+    "chunk_tile": (8, 512),
+    "max_steps_per_call": (1, 256),
+    "priority_seconds": (0, 86400),
+    "steps_ahead": (0, 8),
+    "num_drafts": (1, 31),
+    "max_draft_seqs": (1, 64),
+}
+
+
+def check_size(name: str, value: float) -> None:
+    """Raises ``ValueError`` naming a field of ``SIZE_LIMITS``, its limits and its value."""
+    low, high = SIZE_LIMITS[name]
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine. Tokens, pages and bytes; every array shape follows from these.
@@ -343,24 +367,8 @@ class EngineConfig:
     verify: Verification = "exact"
 
     def __post_init__(self) -> None:
-        limits = {
-            "max_num_seqs": (1, 1024),
-            "max_num_batched_tokens": (self.chunk_tile, 65536),
-            "max_model_len": (2, 1 << 20),
-            "page_size": (1, 1024),
-            "num_pages": (1, MAX_PAGES),
-            "chunk_tile": (8, 512),
-            "max_steps_per_call": (1, 256),
-            "priority_seconds": (0, 86400),
-            "steps_ahead": (0, 8),
-            "num_drafts": (1, 31),
-            "max_draft_seqs": (1, 64),
-        }
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"{name} must be between {low} and {high}, got {getattr(self, name)}"
-                )
+        for name in SIZE_LIMITS:
+            check_size(name, getattr(self, name))
         if self.max_num_batched_tokens % self.chunk_tile:
             raise ValueError(
                 f"max_num_batched_tokens must be a multiple of {self.chunk_tile} (chunk_tile), "

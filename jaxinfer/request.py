@@ -106,6 +106,12 @@ class SamplingParams:
         if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
             raise ValueError("logit_bias names a token id twice")
 
+    @property
+    def has_penalty(self) -> bool:
+        """Tells if the tokens so far change what comes."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or penalties != (0, 0)
+
 
 @dataclass(frozen=True)
 class Ending:

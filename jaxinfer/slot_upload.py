@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.request import SamplingParams
 from jaxinfer.schedule import ScheduledSequence
 from jaxinfer.sharding import named_sharding
 from jaxinfer.step_state import MAX_BIASES, StepState
@@ -29,7 +28,7 @@ def slot_upload(chunk: ScheduledSequence, config: EngineConfig) -> SlotUpload | 
     """
     sampling, known = chunk.request.sampling, chunk.cached_token_ids
     lags = config.drafter.has_pages and chunk.num_drafter_kv_tokens < len(known)
-    if not (_has_penalty(sampling) or lags or config.drafter.reads_text):
+    if not (sampling.has_penalty or lags or config.drafter.reads_text):
         known = ()
     if not known and not sampling.logit_bias:
         return None
@@ -84,11 +83,3 @@ def lower_set_slot(config: EngineConfig, state: StepState, mesh: Mesh) -> Any:
         array(np.int32, MAX_BIASES),
         array(np.float32, MAX_BIASES),
     ).lower()
-
-
-def _has_penalty(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-    )

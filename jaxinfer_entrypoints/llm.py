@@ -116,7 +116,17 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: list[str] | tuple[str, ...], **options: Unpack[GenerateOptions]
+        self, prompts: Sequence[int] | Sequence[Message], **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str]
+        | tuple[str, ...]
+        | Sequence[Sequence[int]]
+        | Sequence[Sequence[Message]],
+        **options: Unpack[GenerateOptions],
     ) -> list[Completion]: ...
 
     @overload
@@ -132,7 +142,7 @@ class LLM:
         A prompt is a text, token ids, or a conversation of messages. All are checked before any
         runs: ``ValueError`` and ``TypeError`` name the prompt, the field, the value and the limit.
         """
-        check_one_choice(options)
+        check_one_choice(options, "generate_choices")
         if not _is_several(prompts):
             return self.generate_choices(cast(Prompt, prompts), **options)[0]
         several = cast(Sequence[Prompt], prompts)
@@ -153,6 +163,16 @@ class LLM:
     ) -> tuple[Completion, ...]:
         """Returns all ``n`` choices of one prompt."""
         return self._completions([self._generation(prompt, options)])[0]
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Sequence[Message]], **options: Unpack[GenerateOptions]
+    ) -> list[Completion]: ...
 
     def chat(
         self,

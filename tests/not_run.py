@@ -1,15 +1,17 @@
 """A pytest plugin that ends a run with one line on what was left out: nobody has to find out.
 
 Tests carry ``pytest.mark.thorough(subject)``, those of whole programs and of long searches; what
-``-m`` leaves out of them is counted by subject, in the processes of pytest-xdist too.
+``-m`` leaves out of them is counted by subject, in the processes of pytest-xdist too. Folders of
+``OTHERS``, which need another environment or machine, are named where they are not asked for.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-SUBJECT_SEPARATOR = "\n"
+OTHERS = {"tests/aot": "compilers for TPU and GPU", "tests/gpu": "a GPU"}
 
 
 class NotRun:
@@ -40,10 +42,14 @@ class NotRun:
     def pytest_unconfigure(self, config: pytest.Config) -> None:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and self.subjects:
-            reporter.write_line(self.line())
+            others = [folder for folder in OTHERS if (config.rootpath / folder).is_dir()]
+            reporter.write_line(self.line(others))
 
-    def line(self) -> str:
+    def line(self, others: Sequence[str]) -> str:
         """The one line."""
         count = sum(self.subjects.values())
         subjects = ", ".join(sorted(self.subjects))
-        return f"not run: {count} thorough tests ({subjects}); make test-all runs them"
+        line = f"not run: {count} thorough tests ({subjects}); make test-all runs them"
+        if not others:
+            return line
+        return f"{line}, and {', '.join(f'{folder} ({OTHERS[folder]})' for folder in others)}"

@@ -15,6 +15,7 @@ from checkpoints.fetch.catalog import CATALOG, hub_model, resolve, user_cache_fo
 from checkpoints.fetch.hub_id import parse_hub_id
 from checkpoints.load import Checkpoint, load_parameters, open_checkpoint
 from checkpoints.shard_name import file_stem
+from checkpoints.vocabulary import check_vocabulary, unused_tokens
 from jaxinfer.batch import BatchShape
 from jaxinfer.config import STORED, DraftModel, DtypePolicy, ModelConfig
 from jaxinfer.drafters import drafter_traits
@@ -36,7 +37,6 @@ from jaxinfer_entrypoints.loading.dtypes import describe_rounding, pick_dtypes
 from jaxinfer_entrypoints.loading.options import LoadOptions
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.loading.sizes import describe_context, engine_config
-from jaxinfer_entrypoints.loading.vocabulary import check_vocabulary, unused_tokens
 from jaxinfer_entrypoints.memory.peak import PeakMemory
 from serving.text.tokenizer import Tokenizer
 

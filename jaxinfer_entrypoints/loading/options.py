@@ -8,9 +8,18 @@ from types import NoneType
 from typing import Any, TypedDict
 
 from checkpoints.stored import QUANTIZATIONS
-from jaxinfer.config import DTYPES, KV_DTYPES, VERIFICATIONS, EngineConfig, Verification
+from jaxinfer.config import (
+    DTYPES,
+    KV_DTYPES,
+    SIZE_LIMITS,
+    VERIFICATIONS,
+    EngineConfig,
+    Verification,
+    check_size,
+)
 from jaxinfer.drafters import DRAFTERS, drafter_traits
 from jaxinfer_entrypoints.machine.tpu_targets import parse_target
+from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # The drafter of every ``draft`` that is no drafter's own name: such a name is a model's.
@@ -77,6 +86,7 @@ class LoadOptions:
             "quantize": (None, *QUANTIZATIONS),
             "draft_quantize": (None, *QUANTIZATIONS),
             "verify": VERIFICATIONS,
+            "attention": (None, *IMPLEMENTATIONS),
         }
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
@@ -89,6 +99,12 @@ class LoadOptions:
         for name, most in limits.items():
             if (value := getattr(self, name)) is not None and not 1 <= value <= most:
                 raise ValueError(f"{name} must be between 1 and {most}, got {value}")
+        for field in dataclasses.fields(self):
+            if field.name in SIZE_LIMITS and (value := getattr(self, field.name)) is not None:
+                check_size(field.name, value)
+        if not self.model.strip():
+            raise ValueError(f"model names nothing: {self.model!r:.80}")
+        _ = self.drafter  # which refuses one that cannot be
 
     @property
     def tpu(self) -> str | None:

@@ -65,10 +65,10 @@ def check_timeout(timeout: float) -> None:
         raise ValueError(f"{wanted}, got {timeout!r:.80}")
 
 
-def check_one_choice(options: GenerateOptions) -> None:
+def check_one_choice(options: GenerateOptions, several: str = "complete_choices") -> None:
     """Raises ``ValueError`` where there may be several completions, or none."""
     if options.get("n") not in (None, 1):
-        raise ValueError(f"n is {options.get('n')}: complete_choices returns several choices")
+        raise ValueError(f"n is {options.get('n')}: {several} returns several choices")
 
 
 def _set_options(
@@ -95,7 +95,7 @@ def _set_options(
         field = target.DESCRIPTOR.fields_by_name[name]
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
         if field.is_repeated and isinstance(value, str):
-            raise ValueError(f"{name} must be several strings, got {value!r:.80}")
+            raise ValueError(f"{name} must be a list or its like, got {value!r:.80}")
         with _naming(name, value):
             if is_map != isinstance(value, Mapping):
                 raise TypeError("a mapping is wanted" if is_map else "no mapping is wanted")

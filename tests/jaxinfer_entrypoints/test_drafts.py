@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from checkpoints.load import Checkpoint
-from jaxinfer_entrypoints.loading.vocabulary import check_vocabulary, unused_tokens
+from checkpoints.vocabulary import check_vocabulary, unused_tokens
 from tests.checkpoints.gguf.tiny_gguf import (
     CONFIG,
     UINT32,

@@ -115,7 +115,7 @@ def test_prompts_that_mix_messages_and_ids_are_refused() -> None:
         ({"foo": 1}, TypeError, "no option 'foo'; the nearest is '"),
         ({"stop": ["\ud83d"]}, ValueError, r"^stop is not valid Unicode \(surrogates"),
         ({"request_id": "\ud83d"}, ValueError, "^request_id is not valid Unicode"),
-        ({"stop": "one"}, ValueError, "^stop must be several strings, got 'one'"),
+        ({"stop": "one"}, ValueError, "^stop must be a list or its like, got 'one'"),
         ({"stop_token_ids": [-1]}, ValueError, r"^stop_token_ids: .* got \[-1\]"),
         ({"max_tokens": 1 << 40}, ValueError, "^max_tokens: .* got 1099511627776"),
         ({"n": {}}, TypeError, "^n: no mapping is wanted, got {}"),

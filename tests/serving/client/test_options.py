@@ -91,7 +91,7 @@ def test_chats_as_they_are_asked_for() -> None:
             for prompt in ("text", [1, 2]):
                 with pytest.raises(ValueError, match="for a prompt of messages"):
                     await client.complete(prompt, add_generation_prompt=False)
-            with pytest.raises(ValueError, match="stop must be several strings, got 'abc'"):
+            with pytest.raises(ValueError, match="stop must be a list or its like, got 'abc'"):
                 await client.complete("x", stop="abc")
 
     run(test())
