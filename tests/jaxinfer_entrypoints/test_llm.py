@@ -140,7 +140,7 @@ def test_choices_and_stop_strings(llm: LLM) -> None:
     assert choices == llm.generate_choices("abc", **options) or [
         choice.token_ids for choice in choices
     ] == [choice.token_ids for choice in llm.generate_choices("abc", **options)]
-    with pytest.raises(ValueError, match="n is 3: complete_choices"):
+    with pytest.raises(ValueError, match="n is 3: generate_choices"):
         llm.generate("abc", **options)
     whole = llm.generate("abc", max_tokens=12, ignore_eos=True)
     stop = whole.text[3:5]
