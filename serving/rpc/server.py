@@ -59,15 +59,18 @@ class LoadInterruptedError(Exception):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """A server's address, its patience when it ends, and how many requests it takes at once.
+    """A server's address, its patience, and how many requests it takes at once.
 
-    ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal.
+    ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal. An
+    engine that does not come back from a step within ``step_timeout`` seconds ends the server;
+    None: it never does.
     """
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     grace_seconds: float = 30.0
     max_live_requests: int = 512
+    step_timeout: float | None = 120.0
 
 
 def run_server(
@@ -104,7 +107,8 @@ async def serve(
     are left alone.
 
     Raises ``OSError`` when it cannot listen, whatever ``load`` raises, ``LoadInterruptedError``,
-    and ``EngineFailedError`` when the engine failed and the process should end.
+    and ``EngineFailedError`` when the engine failed and the process should end: with ``os._exit``
+    where it is an ``EngineStuckError``.
     """
     options = options or ServerOptions()
     host, port = options.host, options.port
@@ -130,7 +134,11 @@ async def serve(
             if on_listening is not None:
                 on_listening(port)
             served = await _load(load, stop)
-            replicas = Replicas(served.engines, max_live_requests=options.max_live_requests)
+            replicas = Replicas(
+                served.engines,
+                max_live_requests=options.max_live_requests,
+                step_timeout=options.step_timeout,
+            )
             service.attach(served, replicas)
             await _set_health(health_service, is_serving=True)
             if on_ready is not None:

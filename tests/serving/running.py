@@ -28,6 +28,7 @@ async def running_server(
     *engines: FakeEngine,
     grace_seconds: float = 5.0,
     max_live_requests: int = 64,
+    step_timeout: float | None = None,
     default_sampling: SamplingParams | None = None,
 ) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """Yields "host:port" and the event that stops the server; a failed server raises at the end."""
@@ -36,7 +37,12 @@ async def running_server(
     server = asyncio.create_task(
         serve(
             lambda: replace(served_model(*engines), default_sampling=default),
-            ServerOptions(port=0, grace_seconds=grace_seconds, max_live_requests=max_live_requests),
+            ServerOptions(
+                port=0,
+                grace_seconds=grace_seconds,
+                max_live_requests=max_live_requests,
+                step_timeout=step_timeout,
+            ),
             on_ready=ready.set_result,
             stop=stop,
         )
