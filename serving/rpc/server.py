@@ -19,6 +19,7 @@ from grpc_health.v1._async import HealthServicer  # "health.aio", as its types n
 from grpc_reflection.v1alpha import reflection
 
 from serving.address import DEFAULT_HOST, DEFAULT_PORT
+from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
 from serving.rpc.service import InferenceService
@@ -29,15 +30,12 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
-# A prompt of LIMITS["prompt_characters"] fits when it is mostly ASCII. Not more: a hostile message
-# of many empty messages takes some thirty times its size in memory.
-MAX_RECEIVE_BYTES = 8 << 20
 MAX_CONCURRENT_CALLS = 4096
 # For the last events to reach clients once the engine has stopped; then calls are cut.
 CLOSE_SECONDS = 2.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     # Two servers on one port would share its connections; the second one must fail instead.
     ("grpc.so_reuseport", 0),
