@@ -22,8 +22,8 @@ from serving.address import DEFAULT_HOST, DEFAULT_PORT
 from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
+from serving.rpc.reception import ReceptionInterceptor
 from serving.rpc.service import InferenceService
-from serving.rpc.undecodable import UndecodableInterceptor
 from serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ async def serve(
     service = InferenceService()
     health_service = HealthServicer()
     server = grpc.aio.server(
-        interceptors=(UndecodableInterceptor(f"/{SERVICE_NAME}/"),),
+        interceptors=(ReceptionInterceptor(),),
         options=CHANNEL_OPTIONS,
         maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
