@@ -144,6 +144,7 @@ class EngineLoop:
         self._asyncio_loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._live: dict[str, RequestStream] = {}
+        self._num_live = 0
         self._none_live = asyncio.Event()
         self._none_live.set()
         self.ended = asyncio.Event()  # set when the thread has ended, well or not, or is stuck
@@ -169,7 +170,7 @@ class EngineLoop:
     @property
     def num_live_requests(self) -> int:
         """A request of n choices counts as n until the last of them has ended."""
-        return sum(stream.request.n for stream in self._live.values())
+        return self._num_live
 
     @property
     def is_accepting(self) -> bool:
@@ -195,6 +196,7 @@ class EngineLoop:
         texts = {choice: new_text() for choice in range(request.n)}
         stream = RequestStream(request)
         self._live[request.request_id] = stream
+        self._num_live += request.n
         self._none_live.clear()
         self._inbox.put(_Add(stream, texts))
         return stream
@@ -260,6 +262,7 @@ class EngineLoop:
     def _forget(self, stream: RequestStream) -> None:
         if self._live.get(stream.request.request_id) is stream:
             del self._live[stream.request.request_id]
+            self._num_live -= stream.request.n
         if not self._live:
             self._none_live.set()
 

@@ -22,6 +22,7 @@ from serving.address import DEFAULT_HOST, DEFAULT_PORT
 from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
+from serving.rpc.arrivals import Arrivals
 from serving.rpc.reception import ReceptionInterceptor
 from serving.rpc.service import InferenceService
 from serving.served_model import ServedModel
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 MAX_CONCURRENT_CALLS = 4096
+MAX_PENDING_CALLS = 1 << 14
+# Of health, whose watchers stay, and of reflection.
+MAX_OTHER_CALLS = 1024
 # For the last events to reach clients once the engine has stopped; then calls are cut.
 CLOSE_SECONDS = 2.0
 
@@ -39,6 +43,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),
     # Two servers on one port would share its connections; the second one must fail instead.
     ("grpc.so_reuseport", 0),
+    # Calls that our code has not seen yet. With more of them gRPC ends some as CANCELLED, which
+    # nobody did; refused by us, they are told why, and when to come again.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_CALLS),
     # Clients and gateways may ping every 10 s, also between calls.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -61,7 +69,7 @@ class ServerOptions:
 
     ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal. An
     engine that does not come back from a step within ``step_timeout`` seconds ends the server;
-    None: it never does.
+    None: it never does. A call's message has ``message_seconds`` to come.
     """
 
     host: str = DEFAULT_HOST
@@ -69,6 +77,7 @@ class ServerOptions:
     grace_seconds: float = 30.0
     max_live_requests: int = 512
     step_timeout: float | None = 120.0
+    message_seconds: float = 60.0
 
 
 def run_server(
@@ -113,11 +122,13 @@ async def serve(
     _check_can_listen(host, port)
     service = InferenceService()
     health_service = HealthServicer()
-    server = grpc.aio.server(
-        interceptors=(ReceptionInterceptor(),),
-        options=CHANNEL_OPTIONS,
-        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    # Not by maximum_concurrent_rpcs: that would count health too, and shut it out.
+    reception = ReceptionInterceptor(
+        service.check_generate,
+        ours=Arrivals(MAX_CONCURRENT_CALLS, options.message_seconds),
+        others=Arrivals(MAX_OTHER_CALLS, options.message_seconds),
     )
+    server = grpc.aio.server(interceptors=(reception,), options=CHANNEL_OPTIONS)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection(

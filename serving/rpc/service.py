@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import Message
 
 from jaxinfer.request import LIMITS, Request
-from serving.loop import NotServingError, RequestRefusedError
+from serving.loop import NotServingError, RequestRefusedError, check_room
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.replicas import Replicas
 from serving.request_checks import check_request_id, check_token_ids
@@ -86,10 +86,21 @@ class InferenceService:
     def __init__(self) -> None:
         self._serving: _Serving | None = None
         self._threads = WorkThreads(MAX_TOKENIZED_CHARACTERS)
+        self._num_admitting = 0  # Generate calls whose message has come, not live yet
 
     def attach(self, served: ServedModel, replicas: Replicas) -> None:
         """Starts serving a model whose engines ``replicas`` runs."""
         self._serving = _Serving(served, replicas, time.monotonic())
+
+    def check_generate(self) -> None:
+        """Raises what ``Generate`` would be refused with now, whatever it asked for.
+
+        It is cheap: asked before a message is read, when there is far too much to do.
+        """
+        replicas = self._ready().replicas
+        replicas.check_accepts("")
+        num_live = replicas.num_live_requests + self._num_admitting
+        check_room(num_live, 1, replicas.max_live_requests)
 
     def close(self) -> None:
         """Ends the service's threads; no call may be running."""
@@ -109,11 +120,16 @@ class InferenceService:
         with _RefusingValueErrors():
             check_request_id(request_id)
         # Before tokenizing, so that refusing costs little when there is too much to do.
+        self.check_generate()
         serving.replicas.check_accepts(request_id)
         is_whole = not is_on(request, "stream")
         admission = self._admit(request, request_id, serving.served)
         del request
-        admitted, options = await admission
+        self._num_admitting += 1
+        try:
+            admitted, options = await admission
+        finally:
+            self._num_admitting -= 1
         new_text = output_texts(serving.served.tokenizer, options)
         stream = serving.replicas.submit(admitted, new_text)
         try:

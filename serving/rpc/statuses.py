@@ -1,6 +1,7 @@
 """Failures as status codes of gRPC: the one place where they become some."""
 
 import logging
+import random
 from typing import NoReturn
 
 import grpc
@@ -12,6 +13,7 @@ from serving.loop import (
     RequestRefusedError,
     TooManyRequestsError,
 )
+from serving.rpc.arrivals import MessageTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +23,14 @@ STATUS_CODES: dict[type[Exception], grpc.StatusCode] = {
     TooManyRequestsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NotServingError: grpc.StatusCode.UNAVAILABLE,
     EngineFailedError: grpc.StatusCode.INTERNAL,
+    MessageTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 # Details travel in a header of at most 8 KiB, where a character can take 12 bytes.
 MAX_DETAIL_CHARACTERS = 500
+
+# Trailing metadata that clients of gRPC with a policy of retries obey.
+RETRY_KEY = "grpc-retry-pushback-ms"
+RETRY_MILLISECONDS = (500, 1500)
 
 type Status = tuple[grpc.StatusCode, str]
 
@@ -42,6 +49,10 @@ def status_of(error: Exception, name: str) -> Status:
 
 
 async def abort(context: grpc.aio.ServicerContext, status: Status) -> NoReturn:
-    """Ends a call with a status."""
-    await context.abort(*status)
+    """Ends a call with a status; one that may be tried again is told when, by gRPC's own key."""
+    hint = ()
+    if status[0] is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # Not all of them at the same time.
+        hint = ((RETRY_KEY, str(random.randint(*RETRY_MILLISECONDS))),)
+    await context.abort(*status, trailing_metadata=hint)
     raise AssertionError("abort raises")

@@ -29,6 +29,7 @@ async def running_server(
     grace_seconds: float = 5.0,
     max_live_requests: int = 64,
     step_timeout: float | None = None,
+    message_seconds: float = HANG_SECONDS,
     default_sampling: SamplingParams | None = None,
 ) -> AsyncIterator[tuple[str, asyncio.Event]]:
     """Yields "host:port" and the event that stops the server; a failed server raises at the end."""
@@ -42,6 +43,7 @@ async def running_server(
                 grace_seconds=grace_seconds,
                 max_live_requests=max_live_requests,
                 step_timeout=step_timeout,
+                message_seconds=message_seconds,
             ),
             on_ready=ready.set_result,
             stop=stop,

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from google.protobuf.message import DecodeError
 
 from jaxinfer.request import LIMITS
 from serving.client import AsyncClient, ServerError
 from serving.loop import RequestRefusedError
 from serving.rpc import reception
+from serving.rpc.arrivals import Arrivals
 from serving.rpc.service import _checked_call
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import ByteTokenizer, FakeEngine
@@ -38,13 +38,13 @@ class Context:
         message = Held()
         self.reference = weakref.ref(message)
         if data == b"no message":
-            raise DecodeError
+            raise RequestRefusedError("no message")
         return message
 
     async def read(self) -> bytes:
         return self.data
 
-    async def abort(self, *_: object) -> None:
+    async def abort(self, *_: object, **__: object) -> None:
         assert self.reference is not None
         self.was_held = self.reference() is not None
         raise grpc.aio.AbortError
@@ -67,8 +67,6 @@ def test_a_message_is_let_go_of_before_its_refusal_is_sent(
         del request
         await work
 
-    monkeypatch.setattr("serving.rpc.reception._REQUESTS", {"/x": None})
-    monkeypatch.setattr("serving.rpc.reception.SMALL_MESSAGE_BYTES", 1 << 20)
     allow = lambda message: None  # noqa: E731
     monkeypatch.setattr(
         "serving.rpc.service.refuse_unsupported", refuse if where == "fields" else allow
@@ -77,7 +75,9 @@ def test_a_message_is_let_go_of_before_its_refusal_is_sent(
 
     async def test() -> None:
         with pytest.raises(grpc.aio.AbortError):
-            await reception._received("/x", context.decode, answer)(None, cast(Any, context))
+            await reception._received(context.decode, answer, Arrivals(1, HANG_SECONDS))(
+                None, cast(Any, context)
+            )
 
     run(test())
     assert context.was_held is False
