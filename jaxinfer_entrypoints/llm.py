@@ -224,7 +224,8 @@ class LLM:
         request_id = message.request_id if message.HasField("request_id") else uuid.uuid4().hex
         check_request_id(request_id)
         sampling = check_wishes(message, self._served)
-        encode, _ = prompt_encoder(message, self._served.tokenizer)
+        max_model_len = self._served.engine_config.max_model_len
+        encode, _ = prompt_encoder(message, self._served.tokenizer.limited(max_model_len))
         request = admitted_request(message, request_id, encode(), sampling, self._served)
         return Generation.of(
             request,

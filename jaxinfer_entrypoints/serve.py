@@ -21,6 +21,7 @@ from jaxinfer_entrypoints.loading.assembly import (
 )
 from jaxinfer_entrypoints.loading.phases import Phases
 from jaxinfer_entrypoints.memory.usage import memory_table
+from serving.loop import EngineStuckError
 from serving.rpc.server import LoadInterruptedError, ServerOptions, run_server
 from serving.served_model import ServedModel
 
@@ -76,11 +77,19 @@ def serve() -> None:
     try:
         run_server(
             load,
-            ServerOptions(options.host, options.port, options.grace_seconds),
+            ServerOptions(
+                options.host,
+                options.port,
+                options.grace_seconds,
+                step_timeout=options.step_timeout or None,
+            ),
             on_ready=on_ready,
         )
     except LoadInterruptedError:
         os._exit(130)  # the loading thread cannot be stopped
+    except EngineStuckError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # neither can the engine's
     print("stopped", flush=True)
 
 
@@ -110,6 +119,13 @@ def parse_arguments() -> argparse.Namespace:
         default=defaults.grace_seconds,
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
     )
+    group.add_argument(
+        "--step-timeout",
+        type=float,
+        default=defaults.step_timeout,
+        metavar="SECONDS",
+        help="end the server when a step takes longer, 0 for never (default: %(default)s)",
+    )
     instead = group.add_mutually_exclusive_group()
     instead.add_argument(
         "--explain-sharding",
@@ -127,6 +143,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--compile-only needs --tpu NAME, such as --tpu v5e-8")
     if not 0 <= options.grace_seconds <= 86400:
         parser.error(f"--grace-seconds must be between 0 and 86400, got {options.grace_seconds}")
+    if not 0 <= options.step_timeout <= 86400:
+        parser.error(f"--step-timeout must be between 0 and 86400, got {options.step_timeout}")
     if not 0 <= options.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, got {options.port}")
     return options

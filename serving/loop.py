@@ -10,7 +10,10 @@ no tokenizer, no JAX.
 import asyncio
 import logging
 import queue
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -72,6 +75,14 @@ class EngineFailedError(Exception):
     """The engine raised: nothing can be served by this process any more."""
 
 
+class EngineStuckError(EngineFailedError):
+    """The engine does not come back from a step.
+
+    Its thread cannot be stopped, and what ends JAX may wait for the device as it does: leave the
+    process with ``os._exit``.
+    """
+
+
 @dataclass(frozen=True)
 class _Add:
     stream: RequestStream
@@ -110,7 +121,9 @@ class EngineLoop:
     Every method is called from that asyncio loop. ``max_live_requests`` bounds what is accepted
     and not finished, waiting requests included; a request of n choices counts as n, since it may
     take n slots and keep n outputs. ``on_end`` gets what the engine raised, or None,
-    when the thread has ended.
+    when the thread has ended. A turn of the thread, a step and what belongs to it, that takes more
+    than ``step_timeout`` seconds is a failure too, after which nobody waits for the thread; None:
+    however long it takes.
     """
 
     def __init__(
@@ -118,25 +131,34 @@ class EngineLoop:
         engine: Engine,
         *,
         max_live_requests: int = 512,
+        step_timeout: float | None = None,
         on_end: Callable[[BaseException | None], None] = lambda _: None,
     ) -> None:
         if max_live_requests < 1:
             raise ValueError(f"max_live_requests must be at least 1, got {max_live_requests}")
+        if step_timeout is not None and not step_timeout > 0:
+            raise ValueError(f"step_timeout must be more than 0 s, or None, got {step_timeout}")
         self.max_live_requests = max_live_requests
         self._engine = engine
         self._on_end = on_end
         self._asyncio_loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._live: dict[str, RequestStream] = {}
+        self._num_live = 0
         self._none_live = asyncio.Event()
         self._none_live.set()
-        self.ended = asyncio.Event()  # set when the thread has ended, well or not
+        self.ended = asyncio.Event()  # set when the thread has ended, well or not, or is stuck
         self._is_draining = False
         self._failure: BaseException | None = None
         self._stats = engine.stats
+        self._step_timeout = step_timeout
+        # Written by the engine's thread: when its turn began, None while it waits for work.
+        self._turn_began: float | None = None
         # A daemon: a step that never returns must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if step_timeout is not None:
+            self._watch(step_timeout, None)
 
     # ------------------------------------------------------------------- the asyncio side
 
@@ -148,7 +170,7 @@ class EngineLoop:
     @property
     def num_live_requests(self) -> int:
         """A request of n choices counts as n until the last of them has ended."""
-        return sum(stream.request.n for stream in self._live.values())
+        return self._num_live
 
     @property
     def is_accepting(self) -> bool:
@@ -174,6 +196,7 @@ class EngineLoop:
         texts = {choice: new_text() for choice in range(request.n)}
         stream = RequestStream(request)
         self._live[request.request_id] = stream
+        self._num_live += request.n
         self._none_live.clear()
         self._inbox.put(_Add(stream, texts))
         return stream
@@ -230,13 +253,16 @@ class EngineLoop:
             finished.cancel()
             ended.cancel()
         if not self.ended.is_set():
-            raise EngineFailedError(f"the engine did not end its step in {stop_seconds} s")
+            raise EngineStuckError(f"the engine did not end its step in {stop_seconds} s")
+        if isinstance(self._failure, EngineStuckError):
+            raise self._failure
         if self._failure is not None:
             raise EngineFailedError(f"the engine failed: {self._failure!r}") from self._failure
 
     def _forget(self, stream: RequestStream) -> None:
         if self._live.get(stream.request.request_id) is stream:
             del self._live[stream.request.request_id]
+            self._num_live -= stream.request.n
         if not self._live:
             self._none_live.set()
 
@@ -250,15 +276,42 @@ class EngineLoop:
             stream.fail(error)
             self._forget(stream)
 
+    def _watch(self, timeout: float, late_turn: float | None) -> None:
+        """Looks at the thread's turn again and again; ends the loop when one is late in two looks.
+
+        Two, because the whole process may have been stopped meanwhile.
+        """
+        if self.ended.is_set():
+            return
+        began = self._turn_began
+        is_late = began is not None and time.monotonic() - began > timeout
+        if is_late and began == late_turn:
+            self._give_up(f"the engine has not ended a step in {timeout:g} s (the step timeout)")
+            return
+        wait = min(timeout / 4, 5.0)
+        self._asyncio_loop.call_later(wait, self._watch, timeout, began if is_late else None)
+
+    def _give_up(self, reason: str) -> None:
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        logger.critical("%s; its thread is here:\n%s", reason, stack)
+        self._inbox.put(_Stop())
+        self._end(EngineStuckError(reason))
+
     def _end(self, failure: BaseException | None) -> None:
+        if self.ended.is_set():
+            return  # a thread that had been given up has come back
         self._failure = self._failure or failure
         self._fail_streams()
         self.ended.set()
         self._on_end(failure)
 
     def _fail_streams(self) -> None:
+        reason = "the engine failed"
+        if isinstance(self._failure, EngineStuckError):
+            reason = str(self._failure)
         for stream in tuple(self._live.values()):
-            stream.fail(EngineFailedError("the engine failed; the server is going down"))
+            stream.fail(EngineFailedError(f"{reason}; the server is going down"))
             self._forget(stream)
 
     # --------------------------------------------------------------- the engine's thread
@@ -306,7 +359,9 @@ class EngineLoop:
 
     def _commands(self) -> list[_Add | _Abort | _Stop]:
         """Takes all from the inbox; blocks for the first while the engine has nothing to do."""
+        self._turn_began = None
         commands = [] if self._engine.has_unfinished else [self._inbox.get()]
+        self._turn_began = time.monotonic()
         while True:
             try:
                 commands.append(self._inbox.get_nowait())

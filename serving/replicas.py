@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from jaxinfer.request import Request
 from jaxinfer.schedule import EngineStats
-from serving.loop import Engine, EngineLoop, Text, check_room
+from serving.loop import Engine, EngineLoop, EngineStuckError, Text, check_room
 from serving.request_stream import RequestStream
 
 
@@ -15,16 +15,27 @@ class Replicas:
 
     A new request goes to the engine with the fewest live ones, of those the first. When one engine
     fails, all do. ``max_live_requests`` is over all, and counts as that of ``EngineLoop``, whose
-    errors these are.
+    errors these are; ``step_timeout`` is each engine's.
     """
 
-    def __init__(self, engines: Sequence[Engine], *, max_live_requests: int = 512) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        *,
+        max_live_requests: int = 512,
+        step_timeout: float | None = None,
+    ) -> None:
         if not engines:
             raise ValueError("there is no engine; at least 1 is needed")
         self.max_live_requests = max_live_requests
-        self.ended = asyncio.Event()  # set when one engine's thread has ended, well or not
+        self.ended = asyncio.Event()  # set when one engine has ended, well or not, or is stuck
         self._loops = [
-            EngineLoop(engine, max_live_requests=max_live_requests, on_end=self._end_all)
+            EngineLoop(
+                engine,
+                max_live_requests=max_live_requests,
+                step_timeout=step_timeout,
+                on_end=self._end_all,
+            )
             for engine in engines
         ]
 
@@ -73,14 +84,16 @@ class Replicas:
     async def drain(self, grace_seconds: float, stop_seconds: float = 10.0) -> None:
         """Drains all engines at once, each as ``EngineLoop.drain`` does.
 
-        Raises ``EngineFailedError`` of the first engine that has one.
+        Raises ``EngineFailedError`` of the first engine that has one, of one that is stuck before
+        others.
         """
         for loop in self._loops:
             loop.stop_accepting()
         drains = (loop.drain(grace_seconds, stop_seconds) for loop in self._loops)
-        for result in await asyncio.gather(*drains, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
+        results = await asyncio.gather(*drains, return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        for failure in sorted(failures, key=lambda f: not isinstance(f, EngineStuckError)):
+            raise failure
 
     def _end_all(self, failure: BaseException | None) -> None:
         if failure is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import Ending, SamplingParams
@@ -12,6 +12,10 @@ from serving.loop import Engine
 
 class Tokenizer(Protocol):
     """A tokenizer as the service needs it. Its methods may be called from several threads."""
+
+    def limited(self, max_tokens: int) -> Self:
+        """The same, which refuses a text at once whose length proves more than ``max_tokens``."""
+        ...
 
     def encode(
         self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
+from google.protobuf.message import Message as ProtobufMessage
+
 from serving.client.options import GenerateOptions, Message, Prompt, PromptOptions
+from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 
 MAX_TIMEOUT_SECONDS = 1_000_000_000
@@ -20,7 +23,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
     _set_options(request, options)
-    return request
+    return _checked_size(request)
 
 
 def tokenize_request(prompt: str | Sequence[Message], options: PromptOptions) -> pb.TokenizeRequest:
@@ -28,7 +31,7 @@ def tokenize_request(prompt: str | Sequence[Message], options: PromptOptions) ->
     request = pb.TokenizeRequest()
     _set_prompt(request, prompt)
     _set_options(request, options)
-    return request
+    return _checked_size(request)
 
 
 def detokenize_request(
@@ -42,7 +45,7 @@ def detokenize_request(
         raise TypeError(f"token_ids must be several integers, got {token_ids!r:.80}")
     with _naming("token_ids", token_ids):
         request.token_ids.extend(token_ids)
-    return request
+    return _checked_size(request)
 
 
 def abort_request(request_id: str) -> pb.AbortRequest:
@@ -69,6 +72,13 @@ def check_one_choice(options: GenerateOptions, several: str = "complete_choices"
     """Raises ``ValueError`` where there may be several completions, or none."""
     if options.get("n") not in (None, 1):
         raise ValueError(f"n is {options.get('n')}: {several} returns several choices")
+
+
+def _checked_size[M: ProtobufMessage](request: M) -> M:
+    """The request, if a server reads it: gRPC's RESOURCE_EXHAUSTED would say "try again"."""
+    if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"the request has {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
+    return request
 
 
 def _set_options(

@@ -4,6 +4,7 @@ Every function raises ``ValueError`` naming the field, the value and the limit.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from jaxinfer.request import Request, SamplingParams
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
@@ -17,6 +18,9 @@ from serving.rpc.validate import (
     sampling_params,
 )
 from serving.served_model import ServedModel, Tokenizer
+
+# A message takes a template as long as so many characters take a tokenizer.
+_MESSAGE_CHARACTERS = 64
 
 
 def check_wishes(message: pb.GenerateRequest, served: ServedModel) -> SamplingParams:
@@ -34,13 +38,11 @@ def prompt_encoder(
     match message.WhichOneof("prompt"):
         case "text":
             adds = is_on(message, "add_special_tokens")
-            return lambda: tokenizer.encode(message.text, adds, parses), num_characters
+            return partial(tokenizer.encode, message.text, adds, parses), num_characters
         case "chat":
             inputs = chat_inputs(message.chat)
-            return (
-                lambda: tokenizer.encode_chat(*inputs, parse_special_tokens=parses),
-                num_characters,
-            )
+            encode = partial(tokenizer.encode_chat, *inputs, parses)
+            return encode, num_characters + _MESSAGE_CHARACTERS * len(inputs.messages)
         case _:
             assert isinstance(message, pb.GenerateRequest)
             token_ids = message.token_ids.ids

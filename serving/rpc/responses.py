@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, FinishReason, Request
+from jaxinfer.request import LIMITS, SAMPLING_OPTIONS, FinishReason, Limit, Request
 from jaxinfer.schedule import RequestOutput, TokenLogprobs
+from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.request_stream import TextOutput
@@ -11,6 +12,7 @@ from serving.rpc.validate import SUPPORTED_FIELDS
 from serving.served_model import ServedModel, Tokenizer, package_version
 from serving.text.conversation import CHAT_LIMITS
 
+_MESSAGE_LIMITS = {"message_bytes": Limit(0, MAX_MESSAGE_BYTES)}
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -117,7 +119,7 @@ def model_info(served: ServedModel) -> pb.GetModelInfoResponse:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         limits=[
             pb.FieldLimit(name=name, low=limit.low, high=limit.high, low_excluded=limit.above)
-            for name, limit in {**LIMITS, **CHAT_LIMITS}.items()
+            for name, limit in {**LIMITS, **CHAT_LIMITS, **_MESSAGE_LIMITS}.items()
         ],
         supported_fields=sorted(
             f"{message}.{field}" for message, fields in SUPPORTED_FIELDS.items() for field in fields

@@ -19,28 +19,34 @@ from grpc_health.v1._async import HealthServicer  # "health.aio", as its types n
 from grpc_reflection.v1alpha import reflection
 
 from serving.address import DEFAULT_HOST, DEFAULT_PORT
+from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2, inference_pb2_grpc
 from serving.replicas import Replicas
+from serving.rpc.arrivals import Arrivals
+from serving.rpc.reception import ReceptionInterceptor
 from serving.rpc.service import InferenceService
-from serving.rpc.undecodable import UndecodableInterceptor
 from serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
-# A prompt of LIMITS["prompt_characters"] fits when it is mostly ASCII. Not more: a hostile message
-# of many empty messages takes some thirty times its size in memory.
-MAX_RECEIVE_BYTES = 8 << 20
 MAX_CONCURRENT_CALLS = 4096
+MAX_PENDING_CALLS = 1 << 14
+# Of health, whose watchers stay, and of reflection.
+MAX_OTHER_CALLS = 1024
 # For the last events to reach clients once the engine has stopped; then calls are cut.
 CLOSE_SECONDS = 2.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     # Two servers on one port would share its connections; the second one must fail instead.
     ("grpc.so_reuseport", 0),
+    # Calls that our code has not seen yet. With more of them gRPC ends some as CANCELLED, which
+    # nobody did; refused by us, they are told why, and when to come again.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_CALLS),
     # Clients and gateways may ping every 10 s, also between calls.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -59,15 +65,19 @@ class LoadInterruptedError(Exception):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """A server's address, its patience when it ends, and how many requests it takes at once.
+    """A server's address, its patience, and how many requests it takes at once.
 
-    ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal.
+    ``port`` 0: any free one. Running requests get ``grace_seconds`` after the first signal. An
+    engine that does not come back from a step within ``step_timeout`` seconds ends the server;
+    None: it never does. A call's message has ``message_seconds`` to come.
     """
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     grace_seconds: float = 30.0
     max_live_requests: int = 512
+    step_timeout: float | None = 120.0
+    message_seconds: float = 60.0
 
 
 def run_server(
@@ -104,18 +114,21 @@ async def serve(
     are left alone.
 
     Raises ``OSError`` when it cannot listen, whatever ``load`` raises, ``LoadInterruptedError``,
-    and ``EngineFailedError`` when the engine failed and the process should end.
+    and ``EngineFailedError`` when the engine failed and the process should end: with ``os._exit``
+    where it is an ``EngineStuckError``.
     """
     options = options or ServerOptions()
     host, port = options.host, options.port
     _check_can_listen(host, port)
     service = InferenceService()
     health_service = HealthServicer()
-    server = grpc.aio.server(
-        interceptors=(UndecodableInterceptor(f"/{SERVICE_NAME}/"),),
-        options=CHANNEL_OPTIONS,
-        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    # Not by maximum_concurrent_rpcs: that would count health too, and shut it out.
+    reception = ReceptionInterceptor(
+        service.check_generate,
+        ours=Arrivals(MAX_CONCURRENT_CALLS, options.message_seconds),
+        others=Arrivals(MAX_OTHER_CALLS, options.message_seconds),
     )
+    server = grpc.aio.server(interceptors=(reception,), options=CHANNEL_OPTIONS)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection(
@@ -130,7 +143,11 @@ async def serve(
             if on_listening is not None:
                 on_listening(port)
             served = await _load(load, stop)
-            replicas = Replicas(served.engines, max_live_requests=options.max_live_requests)
+            replicas = Replicas(
+                served.engines,
+                max_live_requests=options.max_live_requests,
+                step_timeout=options.step_timeout,
+            )
             service.attach(served, replicas)
             await _set_health(health_service, is_serving=True)
             if on_ready is not None:

@@ -1,68 +1,50 @@
 """The gRPC servicer: checks a call, hands it to the loop, sends what comes back.
 
-The one place where failures become status codes. Never blocks the event loop: what takes time in
-proportion to the prompt runs in threads. Knows no sockets and no signals (serving/rpc/server.py).
+Never blocks the event loop: what takes time in proportion to the prompt runs in threads. A message
+is held until it has become a request, no longer. Knows no sockets and no signals
+(serving/rpc/server.py), and nothing of how messages are received (serving/rpc/reception.py).
 """
 
-import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from jaxinfer.request import Request
-from serving.loop import (
-    DuplicateRequestError,
-    EngineFailedError,
-    NotServingError,
-    RequestRefusedError,
-    TooManyRequestsError,
-)
+from jaxinfer.request import LIMITS, Request
+from serving.loop import NotServingError, RequestRefusedError, check_room
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.replicas import Replicas
 from serving.request_checks import check_request_id, check_token_ids
 from serving.request_stream import RequestStream
 from serving.rpc import responses
 from serving.rpc.admission import admitted_request, check_wishes, prompt_encoder
-from serving.rpc.validate import (
-    is_on,
-    refuse_unsupported,
-    text_options,
-)
-from serving.served_model import ServedModel
-from serving.text.output_text import output_texts
+from serving.rpc.statuses import abort, status_of
+from serving.rpc.validate import is_on, refuse_unsupported, text_options
+from serving.served_model import ServedModel, Tokenizer
+from serving.text.output_text import TextOptions, output_texts
+from serving.work_threads import WorkThreads
 
-logger = logging.getLogger(__name__)
-
-STATUS_CODES: dict[type[Exception], grpc.StatusCode] = {
-    RequestRefusedError: grpc.StatusCode.INVALID_ARGUMENT,
-    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
-    TooManyRequestsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    NotServingError: grpc.StatusCode.UNAVAILABLE,
-    EngineFailedError: grpc.StatusCode.INTERNAL,
-}
-
-# Texts of up to this many characters (ids, for decoding; log-probabilities, for a prompt) take
-# less time than changing threads.
-SHORT_PROMPT = 2048
-# Details travel in a header of at most 8 KiB, where a character can take 12 bytes.
-MAX_DETAIL_CHARACTERS = 500
+# Characters of prompts that are tokenized or wait for it, at most: four of the longest. Those up to
+# work_threads.SHORT have as much again, so that long ones do not take their room.
+MAX_TOKENIZED_CHARACTERS = 4 * int(LIMITS["prompt_characters"].high)
 
 
-@contextmanager
-def _refusing_value_errors() -> Iterator[None]:
-    """Around checks of what a client sent: there, and only there, a ValueError is its fault."""
-    try:
-        yield
-    except ValueError as error:
-        raise RequestRefusedError(str(error)) from error
+class _RefusingValueErrors:
+    """Around checks of what a client sent: there, and only there, a ValueError is its fault.
+
+    No generator: that would leave a cycle of frames behind, with the message in one of them.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValueError):
+            raise RequestRefusedError(str(error)) from None
 
 
 type _Method[S, Q, R] = Callable[[S, Q, grpc.aio.ServicerContext], Coroutine[None, None, R]]
@@ -72,21 +54,19 @@ def _checked_call[S, Q: Message, R](method: _Method[S, Q, R]) -> _Method[S, Q, R
     """Refuses requests with fields that are not served, and answers failures by status code."""
 
     @wraps(method)
-    async def call(self: S, request: Q, context: grpc.aio.ServicerContext) -> R:
+    async def call(self: S, request: Q | None, context: grpc.aio.ServicerContext) -> R:
+        assert request is not None
         try:
-            if isinstance(request, DecodeError):
-                raise RequestRefusedError("the request is no message of this method")
-            with _refusing_value_errors():
+            with _RefusingValueErrors():
                 refuse_unsupported(request)
-            return await method(self, request, context)
+            answer = method(self, request, context)
+            # The method alone holds it now, and may let go of it early: it may be large.
+            request = None
+            return await answer
         except Exception as error:
-            for kind, code in STATUS_CODES.items():
-                if isinstance(error, kind):
-                    await context.abort(code, str(error)[:MAX_DETAIL_CHARACTERS])
-            # What went wrong inside is for the log; it may hold other clients' text.
-            logger.exception("%s failed", method.__name__)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
-            raise
+            status = status_of(error, method.__name__)
+        request = None
+        await abort(context, status)
 
     return call
 
@@ -105,15 +85,26 @@ class InferenceService:
 
     def __init__(self) -> None:
         self._serving: _Serving | None = None
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._threads = WorkThreads(MAX_TOKENIZED_CHARACTERS)
+        self._num_admitting = 0  # Generate calls whose message has come, not live yet
 
     def attach(self, served: ServedModel, replicas: Replicas) -> None:
         """Starts serving a model whose engines ``replicas`` runs."""
         self._serving = _Serving(served, replicas, time.monotonic())
 
+    def check_generate(self) -> None:
+        """Raises what ``Generate`` would be refused with now, whatever it asked for.
+
+        It is cheap: asked before a message is read, when there is far too much to do.
+        """
+        replicas = self._ready().replicas
+        replicas.check_accepts("")
+        num_live = replicas.num_live_requests + self._num_admitting
+        check_room(num_live, 1, replicas.max_live_requests)
+
     def close(self) -> None:
         """Ends the service's threads; no call may be running."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.close()
 
     # ---------------------------------------------------------------------------- methods
 
@@ -126,20 +117,24 @@ class InferenceService:
         arrived = time.monotonic()
         serving = self._ready()
         request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
-        with _refusing_value_errors():
+        with _RefusingValueErrors():
             check_request_id(request_id)
         # Before tokenizing, so that refusing costs little when there is too much to do.
+        self.check_generate()
         serving.replicas.check_accepts(request_id)
-        admitted = await self._admit(request, request_id, serving.served)
-        new_text = output_texts(
-            serving.served.tokenizer, text_options(request.sampling, serving.served.default_ending)
-        )
+        is_whole = not is_on(request, "stream")
+        admission = self._admit(request, request_id, serving.served)
+        del request
+        self._num_admitting += 1
+        try:
+            admitted, options = await admission
+        finally:
+            self._num_admitting -= 1
+        new_text = output_texts(serving.served.tokenizer, options)
         stream = serving.replicas.submit(admitted, new_text)
         try:
             await context.send_initial_metadata((("jaxinfer-request-id", request_id),))
-            await self._send_events(
-                context, stream, not is_on(request, "stream"), serving.served, arrived
-            )
+            await self._send_events(context, stream, is_whole, serving.served, arrived)
         finally:
             # However this ends, also by cancellation: the pages go back.
             serving.replicas.close(stream)
@@ -150,7 +145,7 @@ class InferenceService:
     ) -> pb.TokenizeResponse:
         served = self._ready().served
         return pb.TokenizeResponse(
-            token_ids=await self._encode(request, served),
+            token_ids=await self._encode(request, served.tokenizer),
             max_model_len=served.engine_config.max_model_len,
         )
 
@@ -159,13 +154,13 @@ class InferenceService:
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         tokenizer = self._ready().served.tokenizer
-        with _refusing_value_errors():
+        with _RefusingValueErrors():
+            # Counted before they are made integers of Python.
+            LIMITS["num_token_ids"].check("number of token_ids", len(request.token_ids))
             token_ids = tuple(request.token_ids)
             check_token_ids(token_ids, tokenizer.vocab_size)
-        skip = is_on(request, "skip_control_tokens")
-        text = await self._in_thread(
-            lambda: tokenizer.decode(token_ids, skip_control_tokens=skip), len(token_ids)
-        )
+        decode = partial(tokenizer.decode, token_ids, is_on(request, "skip_control_tokens"))
+        text = await self._threads.run(decode, len(token_ids), bounded="token ids")
         return pb.DetokenizeResponse(text=text)
 
     @_checked_call
@@ -203,7 +198,7 @@ class InferenceService:
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
     ) -> pb.AbortResponse:
         serving = self._ready()
-        with _refusing_value_errors():
+        with _RefusingValueErrors():
             check_request_id(request.request_id)
         return pb.AbortResponse(was_live=serving.replicas.abort(request.request_id))
 
@@ -216,24 +211,21 @@ class InferenceService:
 
     async def _admit(
         self, message: pb.GenerateRequest, request_id: str, served: ServedModel
-    ) -> Request:
-        with _refusing_value_errors():
+    ) -> tuple[Request, TextOptions]:
+        with _RefusingValueErrors():
             sampling = check_wishes(message, served)
-        token_ids = await self._encode(message, served)
-        with _refusing_value_errors():
-            return admitted_request(message, request_id, token_ids, sampling, served)
+        max_model_len = served.engine_config.max_model_len
+        token_ids = await self._encode(message, served.tokenizer.limited(max_model_len))
+        with _RefusingValueErrors():
+            admitted = admitted_request(message, request_id, token_ids, sampling, served)
+            return admitted, text_options(message.sampling, served.default_ending)
 
     async def _encode(
-        self, message: pb.GenerateRequest | pb.TokenizeRequest, served: ServedModel
+        self, message: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer
     ) -> Sequence[int]:
-        with _refusing_value_errors():
-            encode, num_characters = prompt_encoder(message, served.tokenizer)
-            return await self._in_thread(encode, num_characters)
-
-    async def _in_thread[T](self, work: Callable[[], T], size: int) -> T:
-        if size <= SHORT_PROMPT:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        with _RefusingValueErrors():
+            encode, num_characters = prompt_encoder(message, tokenizer)
+            return await self._threads.run(encode, num_characters, bounded="characters of prompts")
 
     async def _send_events(
         self,
@@ -250,7 +242,7 @@ class InferenceService:
                 num_logprobs = len(output.prompt_logprobs) * (
                     1 + (stream.request.prompt_logprobs or 0)
                 )
-                started = await self._in_thread(
+                started = await self._threads.run(
                     partial(responses.started, stream.request, output, tokenizer), num_logprobs
                 )
                 await context.write(started)

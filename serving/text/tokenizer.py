@@ -6,11 +6,13 @@ Knows nothing of files or of the engine.
 import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from copy import copy
+from typing import Any, Protocol, Self
 
 from jaxinfer.config import AnyTokenizer, TokenizerJson
 from serving.text import tokenizer_library
 from serving.text.chat_template import ChatTemplate
+from serving.text.token_bounds import fewest_tokens
 
 # Letters of Linear B: without case or other forms, and printable, so that no filter of a template
 # alters or escapes them.
@@ -40,10 +42,24 @@ class Tokenizer:
         tokens = sorted((spec.tokens[i] for i in spec.control_token_ids), key=len, reverse=True)
         self._special = re.compile("|".join(re.escape(token) for token in tokens if len(token) > 1))
         self._bytes_of = tokenizer_library.token_bytes(spec)
+        self._fewest_tokens = fewest_tokens(
+            spec, self._bytes_of, tokenizer_library.bytes_with_tokens(spec)
+        )
+        self._max_tokens: int | None = None
         self._control_ids = frozenset(spec.control_token_ids)
         self._template = None
         if spec.chat_template is not None:
             self._template = ChatTemplate(spec.chat_template, _special_tokens(spec))
+
+    def limited(self, max_tokens: int) -> Self:
+        """Returns this tokenizer for prompts of at most ``max_tokens``.
+
+        Its ``encode`` and ``encode_chat`` raise ``ValueError`` at once for a text whose length
+        alone proves that it has more; other texts may still turn out to have more.
+        """
+        limited = copy(self)
+        limited._max_tokens = max_tokens
+        return limited
 
     @property
     def vocab_size(self) -> int:
@@ -77,6 +93,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start}") from error
+        self._check_length(text, parse_special_tokens)
         tokenizer = self._parsing if parse_special_tokens else self._literal
         # The batch call lets other threads run meanwhile; encode() holds the interpreter's lock,
         # a second for a long prompt.
@@ -161,7 +178,17 @@ class Tokenizer:
         )
         if not mark:
             return self.encode(text, add_special_tokens=False, parse_special_tokens=True)
+        self._check_length(text.replace(mark, ""), True)
         return self._encode_marked(text, mark)
+
+    def _check_length(self, text: str, parses_special: bool) -> None:
+        if self._max_tokens is None or len(text) <= self._max_tokens // 4:  # bytes a character
+            return
+        if (fewest := self._fewest_tokens(text, parses_special)) > self._max_tokens:
+            raise ValueError(
+                f"the prompt has {len(text)} characters, which are {fewest} tokens at least, "
+                f"more than max_model_len ({self._max_tokens})"
+            )
 
     def _mark_for(self, given: object) -> str:
         """A character that is nowhere in ``given``; "" where no special token is written out."""
@@ -188,8 +215,9 @@ class Tokenizer:
 
         Each piece is encoded by itself: a tokenizer that begins a text with a space does so there.
         """
+        # The batch call for the same reason as in encode().
         with tokenizer_library.refusing("the chat cannot be encoded"):
-            encoding = self._parsing.encode(text, add_special_tokens=False)
+            (encoding,) = self._parsing.encode_batch([text], add_special_tokens=False)
         token_ids, end = list[int](), 0
 
         def add_text(upto: int) -> None:

@@ -173,9 +173,6 @@ def refusing(what: str) -> Iterator[None]:
 
 def token_bytes(spec: AnyTokenizer) -> Callable[[int], bytes]:
     """Returns a function from the ids of ``spec``'s vocabulary to the bytes that they stand for."""
-    is_byte_level = isinstance(spec, TokenizerSpec) or (
-        isinstance(spec, TokenizerJson) and spec.is_byte_level
-    )
     tokens = spec.tokens
     # Control and added tokens are written as they are, not in the byte alphabet.
     literal_ids = frozenset(spec.control_token_ids) | frozenset(spec.added_token_ids)
@@ -195,7 +192,23 @@ def token_bytes(spec: AnyTokenizer) -> Callable[[int], bytes]:
             return bytes([int(byte[1], 16)])
         return token.replace(_SPACE, " ").encode()
 
-    return of_byte_level if is_byte_level else of_sentence_piece
+    return of_byte_level if _is_byte_level(spec) else of_sentence_piece
+
+
+def bytes_with_tokens(spec: AnyTokenizer) -> frozenset[int]:
+    """Returns the bytes for which the vocabulary has a token: a text's others are dropped."""
+    literal_ids = frozenset(spec.control_token_ids) | frozenset(spec.added_token_ids)
+    tokens = (token for i, token in enumerate(spec.tokens) if i not in literal_ids)
+    if _is_byte_level(spec):
+        return frozenset(_BYTE_OF[token] for token in tokens if token in _BYTE_OF)
+    known = frozenset(spec.tokens)
+    return frozenset(byte for byte in range(256) if f"<0x{byte:02X}>" in known)
+
+
+def _is_byte_level(spec: AnyTokenizer) -> bool:
+    return isinstance(spec, TokenizerSpec) or (
+        isinstance(spec, TokenizerJson) and spec.is_byte_level
+    )
 
 
 def _ids_of(spec: AnyTokenizer) -> dict[str, int]:

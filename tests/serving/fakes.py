@@ -3,8 +3,9 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from jaxinfer.config import DtypePolicy, EngineConfig, ModelConfig
 from jaxinfer.request import FinishReason, Request
@@ -26,10 +27,18 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     eos_token_ids = (EOS,)
     bos_token_id = 256
+    max_tokens: int | None = None
+
+    def limited(self, max_tokens: int) -> Self:
+        limited = copy(self)
+        limited.max_tokens = max_tokens
+        return limited
 
     def encode(
         self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False
     ) -> list[int]:
+        if self.max_tokens is not None and len(text) > self.max_tokens:
+            raise ValueError(f"{len(text)} characters, max_model_len ({self.max_tokens})")
         if parse_special_tokens and text.endswith("<256>"):
             text, ending = text.removesuffix("<256>"), [256]
         else:

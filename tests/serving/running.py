@@ -28,6 +28,8 @@ async def running_server(
     *engines: FakeEngine,
     grace_seconds: float = 5.0,
     max_live_requests: int = 64,
+    step_timeout: float | None = None,
+    message_seconds: float = HANG_SECONDS,
     default_sampling: SamplingParams | None = None,
     default_ending: Ending | None = None,
 ) -> AsyncIterator[tuple[str, asyncio.Event]]:
@@ -38,7 +40,13 @@ async def running_server(
     server = asyncio.create_task(
         serve(
             lambda: replace(served_model(*engines), **defaults),
-            ServerOptions(port=0, grace_seconds=grace_seconds, max_live_requests=max_live_requests),
+            ServerOptions(
+                port=0,
+                grace_seconds=grace_seconds,
+                max_live_requests=max_live_requests,
+                step_timeout=step_timeout,
+                message_seconds=message_seconds,
+            ),
             on_ready=ready.set_result,
             stop=stop,
         )

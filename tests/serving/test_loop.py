@@ -2,21 +2,26 @@
 
 import asyncio
 import gc
+import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 
 from jaxinfer.request import FinishReason, Request
+from jaxinfer.schedule import RequestOutput
 from serving.loop import (
     DuplicateRequestError,
     EngineFailedError,
     EngineLoop,
+    EngineStuckError,
     NotServingError,
     RequestRefusedError,
     TooManyRequestsError,
 )
 from serving.request_stream import RequestStream, TextOutput
 from serving.text.output_text import TextOptions, output_texts
+from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, ByteTokenizer, FakeEngine, expected_token_ids
 from tests.serving.running import run, until
 
@@ -212,6 +217,79 @@ def test_draining_an_engine_that_hangs_ends() -> None:
         assert (await read_all(stream))[-1].output.finish_reason is FinishReason.ABORT
         engine.gate.set()
         await loop.ended.wait()
+
+    run(test())
+
+
+class StuckText:
+    """The text of a choice that is never made."""
+
+    def __init__(self, release: threading.Event) -> None:
+        self._release = release
+
+    def add(self, output: RequestOutput) -> TextOutput:
+        assert self._release.wait(timeout=HANG_SECONDS)
+        return TextOutput(output)
+
+
+class StuckAddEngine(FakeEngine):
+    """Takes no request while the gate is closed."""
+
+    def add(self, request: Request) -> None:
+        assert self.gate.wait(timeout=HANG_SECONDS)
+        super().add(request)
+
+
+@pytest.mark.parametrize("where", ["step", "add", "text"])
+def test_a_turn_that_does_not_end_fails_the_streams_and_is_noticed(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        engine = StuckAddEngine() if where == "add" else FakeEngine()
+        release, ends = threading.Event(), list[BaseException | None]()
+        if where != "text":
+            engine.gate.clear()
+        loop = EngineLoop(engine, step_timeout=0.05, on_end=ends.append)
+        new_text = (lambda: StuckText(release)) if where == "text" else NEW_TEXT
+        streams = [loop.submit(request(str(i)), new_text) for i in range(3)]
+        for stream in streams:
+            with pytest.raises(EngineFailedError, match=r"step in 0\.05 s .* going down"):
+                await stream.read()
+        await loop.ended.wait()
+        assert not loop.is_accepting
+        assert loop.num_live_requests == 0
+        with pytest.raises(EngineFailedError, match="has failed"):
+            loop.submit(request("late"), NEW_TEXT)
+        with pytest.raises(EngineStuckError, match=r"step in 0\.05 s"):
+            await loop.drain(HANG_SECONDS, stop_seconds=HANG_SECONDS)
+        # Coming back changes nothing any more, and the thread ends.
+        engine.gate.set()
+        release.set()
+        await until(lambda: not loop._thread.is_alive())
+        await asyncio.sleep(0)
+        assert len(ends) == 1
+
+    run(test())
+    assert "its thread is here" in caplog.text
+    assert "gate.wait" in caplog.text or where == "text"
+
+
+def test_waiting_for_work_is_no_step() -> None:
+    async def test() -> None:
+        loop = EngineLoop(FakeEngine(step_seconds=0.0), step_timeout=0.02)
+        await asyncio.sleep(0.2)
+        assert loop.is_accepting
+        with suppress(EngineStuckError):  # of a machine that gives the last turn no time
+            await loop.drain(1.0)
+
+    run(test())
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+def test_a_step_timeout_is_positive(timeout: float) -> None:
+    async def test() -> None:
+        with pytest.raises(ValueError, match="step_timeout must be more than 0 s"):
+            EngineLoop(FakeEngine(), step_timeout=timeout)
 
     run(test())
 

@@ -9,6 +9,7 @@ from serving.client import AsyncClient, Finished
 from serving.loop import (
     DuplicateRequestError,
     EngineFailedError,
+    EngineStuckError,
     NotServingError,
     TooManyRequestsError,
 )
@@ -165,3 +166,21 @@ def test_a_failed_engine_ends_a_server_of_two() -> None:
 
     with pytest.raises(EngineFailedError, match="the device is gone"):
         run(test())
+
+
+def test_one_stuck_engine_fails_all() -> None:
+    async def test() -> None:
+        two = engines(2)
+        two[1].gate.clear()
+        replicas = Replicas(two, step_timeout=0.5)
+        streams = [replicas.submit(request(i), NEW_TEXT) for i in "ab"]
+        for stream in streams:
+            with pytest.raises(EngineFailedError, match="not ended a step"):
+                await read_all(stream)
+        assert replicas.ended.is_set()
+        assert not replicas.is_accepting
+        with pytest.raises(EngineStuckError):
+            await replicas.drain(0.0)
+        two[1].gate.set()
+
+    run(test())

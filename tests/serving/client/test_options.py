@@ -6,6 +6,7 @@ import pytest
 
 from jaxinfer.request import Request
 from serving.client import Message
+from serving.message_size import MAX_MESSAGE_BYTES
 from tests.serving.fakes import FakeEngine, expected_token_ids
 from tests.serving.running import run, running_client
 
@@ -93,5 +94,21 @@ def test_chats_as_they_are_asked_for() -> None:
                     await client.complete(prompt, add_generation_prompt=False)
             with pytest.raises(ValueError, match="stop must be a list or its like, got 'abc'"):
                 await client.complete("x", stop="abc")
+
+    run(test())
+
+
+def test_a_request_that_no_server_reads_is_refused_by_the_client() -> None:
+    async def test() -> None:
+        async with running_client(FakeEngine()) as client:
+            size = (
+                f"the request has {MAX_MESSAGE_BYTES + 5} bytes, the limit is {MAX_MESSAGE_BYTES}"
+            )
+            with pytest.raises(ValueError, match=size):
+                await client.complete("x" * MAX_MESSAGE_BYTES)
+            with pytest.raises(ValueError, match=size):
+                await client.tokenize("x" * MAX_MESSAGE_BYTES)
+            with pytest.raises(ValueError, match="the limit is"):
+                await client.detokenize([1] * MAX_MESSAGE_BYTES)
 
     run(test())

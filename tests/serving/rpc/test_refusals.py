@@ -7,8 +7,10 @@ import pytest
 
 from jaxinfer.request import LIMITS
 from serving.client import ServerError
+from serving.message_size import MAX_MESSAGE_BYTES
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.proto.jaxinfer.v1 import inference_pb2_grpc
+from serving.text.conversation import CHAT_LIMITS
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import MAX_MODEL_LEN, NUM_PAGES, FakeEngine
 from tests.serving.running import run, running_server
@@ -174,5 +176,47 @@ def test_bytes_that_are_no_message_are_refused_without_a_word_in_the_log(
 
 
 def test_a_message_that_is_too_large_is_refused_before_it_is_read() -> None:
-    error = refusal(pb.GenerateRequest(text="x" * (9 << 20)))
+    error = refusal(pb.GenerateRequest(text="x" * MAX_MESSAGE_BYTES))
     assert error.code == "RESOURCE_EXHAUSTED"
+    assert "larger than max" in error.message
+
+
+def test_no_limit_of_bytes_is_reached_before_the_limit_of_characters() -> None:
+    most = int(LIMITS["prompt_characters"].high)
+    for character in ("x", "\u00e9", "\u4e2d", "\U0001f600"):
+        error = refusal(pb.GenerateRequest(text=character * most))
+        assert error.code == "INVALID_ARGUMENT"
+        assert "max_model_len" in error.message
+    error = refusal(pb.GenerateRequest(text="\U0001f600" * (most + 1)))
+    assert error.code == "INVALID_ARGUMENT"
+    assert "characters of the prompt must be in [0, 4194304], got 4194305" in error.message
+
+
+def test_the_largest_request_within_all_limits_is_read() -> None:
+    error = refusal(largest_request())
+    assert error.code == "INVALID_ARGUMENT"
+    assert "max_model_len" in error.message
+
+
+def largest_request() -> pb.GenerateRequest:
+    """Returns a request in which every field is as long as it may be."""
+    high = {name: int(limit.high) for name, limit in {**LIMITS, **CHAT_LIMITS}.items()}
+    wide, name = "\U0001f600", "\U0001f600" * high["name_characters"]
+    message = pb.ChatMessage(
+        role="assistant", content="", name=name, tool_call_id=name, tool_calls=["{}"] * 14
+    )
+    chat = pb.Chat(messages=[message] * high["messages"], tools=["{}"] * high["num_tools"])
+    for i in range(high["num_template_arguments"]):
+        chat.template_arguments[chr(0x1F600 + i) * high["template_argument_characters"]] = ""
+    rest = high["prompt_characters"] - 2 * (14 * high["messages"] + high["num_tools"])
+    chat.messages[0].content = wide * rest
+    return pb.GenerateRequest(
+        request_id="i" * high["request_id_characters"],
+        chat=chat,
+        cache_salt=wide * high["cache_salt_characters"],
+        sampling=pb.SamplingParams(
+            stop=[wide * high["stop_characters"]] * high["num_stop"],
+            stop_token_ids=range(high["num_ending_token_ids"] - 1),
+            logit_bias=dict.fromkeys(range(256), 1.0),
+        ),
+    )

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from serving.client import AsyncClient, Finished, ServerError
-from serving.loop import EngineFailedError
+from serving.loop import EngineFailedError, EngineStuckError
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.rpc.server import LoadInterruptedError, ServerOptions, run_server, serve
 from serving.served_model import ServedModel
@@ -198,6 +198,33 @@ def test_a_failing_engine_fails_its_streams_and_ends_the_server() -> None:
             watch.cancel()
 
     with pytest.raises(EngineFailedError, match="the device is gone"):
+        run(test())
+    assert statuses == [SERVING, NOT_SERVING]
+
+
+def test_a_step_that_never_returns_fails_its_streams_and_ends_the_server() -> None:
+    statuses: list[int] = []
+
+    async def test() -> None:
+        engine = FakeEngine()
+        engine.gate.clear()
+        async with (
+            running_server(engine, step_timeout=0.05) as (target, _),
+            AsyncClient(target) as client,
+            grpc.aio.insecure_channel(target) as channel,
+        ):
+            watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+            statuses.append((await watch.read()).status)
+            with pytest.raises(ServerError, match="not ended a step") as raised:
+                await client.complete("abc")
+            assert raised.value.code == "INTERNAL"
+            # Nobody stops the server here, and the engine is stuck until the test is over.
+            statuses.append((await watch.read()).status)
+            watch.cancel()
+            with pytest.raises(ServerError):
+                await client.complete("abc")
+
+    with pytest.raises(EngineStuckError, match="not ended a step"):
         run(test())
     assert statuses == [SERVING, NOT_SERVING]
 

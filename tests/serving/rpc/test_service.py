@@ -213,7 +213,7 @@ def test_model_info_tells_the_truth() -> None:
         assert (info.max_model_len, info.max_position_embeddings) == (512, 1024)
         assert (info.num_pages, info.page_size, info.default_max_tokens) == (64, 16, 256)
         assert (info.weights_dtype, info.kv_cache_dtype) == ("float32", "float32")
-        assert {limit.name for limit in info.limits} == {*LIMITS, *CHAT_LIMITS}
+        assert {limit.name for limit in info.limits} == {*LIMITS, *CHAT_LIMITS, "message_bytes"}
         assert "SamplingParams.top_p" in info.supported_fields
         assert not any("structured_output" in name for name in info.supported_fields)
         assert list(info.eos_token_ids) == [EOS]
