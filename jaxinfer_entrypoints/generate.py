@@ -33,6 +33,7 @@ from jaxinfer_entrypoints.llm import LLM
 from jaxinfer_entrypoints.loading.phases import Phases
 from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.request_stream import TextOutput
+from serving.rpc.admission import stop_tokens
 from serving.text.output_text import output_texts
 from serving.text.tokenizer import Tokenizer
 
@@ -112,6 +113,8 @@ def generate() -> None:
             try:
                 prompt = tuple(encode(line, tokenizer, options))
                 request = make_request(number, prompt, seeded, engine, tokenizer, options)
+                stops = stop_tokens(options.stop_token_id, text_options, tokenizer)
+                request = replace(request, stop_token_ids=stops)
                 if options.min_tokens is None:
                     fewest = min(ending.min_tokens, request.max_tokens)
                     request = replace(request, min_tokens=fewest)

@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
         """Raises ``ValueError`` when the template refuses the conversation."""
         ...
 
+    def control_tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """The control tokens that are written as one of ``texts``."""
+        ...
+
     @property
     def has_chat_template(self) -> bool: ...
 

@@ -16,8 +16,10 @@ from serving.rpc.validate import (
     max_tokens_in_effect,
     min_tokens_in_effect,
     sampling_params,
+    text_options,
 )
 from serving.served_model import ServedModel, Tokenizer
+from serving.text.output_text import TextOptions
 
 # A message takes a template as long as so many characters take a tokenizer.
 _MESSAGE_CHARACTERS = 64
@@ -49,6 +51,17 @@ def prompt_encoder(
             return lambda: token_ids, 0
 
 
+def stop_tokens(
+    token_ids: Sequence[int], options: TextOptions, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """Returns ``token_ids``, and the control tokens that are stop strings.
+
+    Text has none of these, so that a string that is one ("<|im_end|>") would never be found in it.
+    """
+    control = tokenizer.control_tokens(options.stop) if options.skip_control_tokens else ()
+    return (*token_ids, *(token_id for token_id in control if token_id not in token_ids))
+
+
 def admitted_request(
     message: pb.GenerateRequest,
     request_id: str,
@@ -67,7 +80,9 @@ def admitted_request(
         sampling=sampling,
         eos_token_ids=served.tokenizer.eos_token_ids,
         ignore_eos=wanted.ignore_eos,
-        stop_token_ids=tuple(wanted.stop_token_ids),
+        stop_token_ids=stop_tokens(
+            wanted.stop_token_ids, text_options(wanted, served.default_ending), served.tokenizer
+        ),
         min_tokens=min_tokens_in_effect(wanted, default_min_tokens, max_tokens),
         n=wanted.n if wanted.HasField("n") else 1,
         logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,

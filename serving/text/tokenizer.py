@@ -125,6 +125,11 @@ class Tokenizer:
         text = data.decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._spec.add_space_prefix else text
 
+    def control_tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Returns the control tokens that are written as one of ``texts``, in order."""
+        wanted, tokens = frozenset(texts), self._spec.tokens
+        return tuple(i for i in sorted(self._control_ids) if tokens[i] in wanted)
+
     def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes:
         """Returns the bytes of one token, which may be a part of a character.
 

@@ -52,6 +52,9 @@ class ByteTokenizer:
         ]
         return b"".join(pieces).decode(errors="replace")
 
+    def control_tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        return tuple(i for i in (256, EOS) if f"<{i}>" in texts)
+
     def token_bytes(self, token_id: int, skip_control_tokens: bool = True) -> bytes:
         if token_id < 256:
             return bytes((token_id,))

@@ -22,6 +22,20 @@ from tests.serving.fakes import (
 from tests.serving.running import run, running_client, running_server, until
 
 
+def test_a_stop_string_that_is_a_control_token_stops_at_it() -> None:
+    """The text has no control tokens, so that it would never be found there."""
+
+    async def test() -> None:
+        engine = FakeEngine()
+        async with running_client(engine) as client:
+            options = {"max_tokens": 2, "stop": ["<256>", "<25"], "stop_token_ids": [7]}
+            await client.complete([5], **options)
+            await client.complete([5], skip_control_tokens=False, **options)
+        assert [request.stop_token_ids for request in engine.requests] == [(7, 256), (7,)]
+
+    run(test())
+
+
 def test_streams_started_deltas_finished() -> None:
     async def test() -> None:
         async with running_client(FakeEngine(num_cached_tokens=2)) as client:

@@ -135,6 +135,12 @@ def test_rows_without_a_token_are_no_text() -> None:
         tokenizer.decode([count + 2])
 
 
+def test_control_tokens_are_found_by_what_they_are_written_as() -> None:
+    (token_id,) = TOKENIZER.encode("<|end|>", False, parse_special_tokens=True)
+    assert TOKENIZER.control_tokens(["a", "<|end|>", "<|e"]) == (token_id,)
+    assert TOKENIZER.control_tokens([]) == ()
+
+
 def test_control_tokens_are_left_out_of_text() -> None:
     token_ids = TOKENIZER.encode("a<|end|><tool é>b", parse_special_tokens=True)
     assert TOKENIZER.decode(token_ids) == "a<tool é>b"
