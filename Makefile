@@ -46,7 +46,7 @@ TORCH ?= torch==2.13.0
 LLAMA_CPP ?=
 LLAMA_CPP_SOURCE := llama-cpp-python==0.3.36
 
-.PHONY: help setup serve test test-thorough test-all aot test-aot test-aot-full bench-peers peers peer-transformers peer-openvino peer-llama.cpp \
+.PHONY: help setup serve test test-thorough test-all aot test-aot test-aot-full bench-peers soak peers peer-transformers peer-openvino peer-llama.cpp \
     lint proto lock clean
 
 help: ## list the targets
@@ -73,6 +73,10 @@ test-all: ## run everything: whole programs, README, notebook, wheel, compilers 
 bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are bench_peers.py's
 	@$(PYTHON) scripts/bench_peers.py --peers '$(PEERS)' --only jaxinfer jaxinfer-fast \
 	    $(PEERS_ONLY) $(if $(LLAMA_CPP),--llama-cpp '$(LLAMA_CPP)') $(ARGS)
+
+# Wants a machine with /proc, and a minute and a half.
+soak: $(DEVELOPMENT) ## bring faults upon a server of a tiny model; ARGS="--short" is seconds
+	@$(PYTHON) -m tools.soak $(ARGS)
 
 peers: $(addprefix peer-,$(PEERS_ONLY)) ## build the peers of bench-peers, see PEERS_ONLY
 	@echo "peers: $(PEERS_ONLY) in $(PEERS)"

@@ -17,6 +17,7 @@ ELSEWHERE = {
     r"make (setup|test-all)": (".ci/run", "phase make \\1"),
     r"make (test-aot|aot)": ("Makefile", "$(MAKE) --no-print-directory test-aot"),
     r"make test": ("Makefile", "$(MAKE) --no-print-directory test-thorough"),
+    r"make soak\b.*": ("tests/serving/test_soak.py", "soak(Server("),
     r"make (lint)": (".ci/run", "phase .venv/bin/ruff check"),
     r"make \w+ EXTRAS=gpu\b.*": ("tests/gpu/test_serve.py", '"scripts/serve.py"), "--gpu"'),
     # Minutes, for what they compile.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -137,7 +138,7 @@ async def serve(
     await _set_health(health_service, is_serving=False)
     port = _listen(server, host, port)
     replicas: Replicas | None = None
-    with _stop_events(stop) as (stop, hurry):
+    with _without_failed_answers(), _stop_events(stop) as (stop, hurry):
         try:
             await server.start()
             if on_listening is not None:
@@ -190,6 +191,30 @@ async def _set_health(service: HealthServicer, is_serving: bool) -> None:
     status = health_pb2.HealthCheckResponse
     for name in ("", SERVICE_NAME):
         await service.set(name, status.SERVING if is_serving else status.NOT_SERVING)
+
+
+@contextmanager
+def _without_failed_answers() -> Iterator[None]:
+    """Keeps answers that failed, since their client had left, out of the log.
+
+    gRPC ends the task of such a call with an error that nobody fetches, a traceback of asyncio's.
+    """
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+
+    def handle(loop: asyncio.AbstractEventLoop, details: dict[str, Any]) -> None:
+        if isinstance(details.get("exception"), grpc.aio.InternalError):
+            logger.debug("an answer failed: %s", details["exception"])
+        elif before is not None:
+            before(loop, details)
+        else:
+            loop.default_exception_handler(details)
+
+    loop.set_exception_handler(handle)
+    try:
+        yield
+    finally:
+        loop.set_exception_handler(before)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ is held until it has become a request, no longer. Knows no sockets and no signal
 (serving/rpc/server.py), and nothing of how messages are received (serving/rpc/reception.py).
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -63,6 +64,9 @@ def _checked_call[S, Q: Message, R](method: _Method[S, Q, R]) -> _Method[S, Q, R
             # The method alone holds it now, and may let go of it early: it may be large.
             request = None
             return await answer
+        except grpc.aio.InternalError:
+            # A write that failed: nobody is there to be told, and gRPC takes note in silence.
+            raise asyncio.CancelledError from None
         except Exception as error:
             status = status_of(error, method.__name__)
         request = None

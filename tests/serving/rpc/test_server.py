@@ -1,11 +1,12 @@
 """The server's life: listening, loading, serving, failing, draining."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
 import threading
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from serving.client import AsyncClient, Finished, ServerError
 from serving.loop import EngineFailedError, EngineStuckError
 from serving.proto.jaxinfer.v1 import inference_pb2 as pb
 from serving.rpc.server import LoadInterruptedError, ServerOptions, run_server, serve
+from serving.rpc.service import _checked_call
 from serving.served_model import ServedModel
 from tests.patience import HANG_SECONDS
 from tests.serving.fakes import NUM_PAGES, FakeEngine, served_model
@@ -306,3 +308,64 @@ def test_the_wire_names_are_stable() -> None:
         "GetLoad": False,
         "Abort": False,
     }
+
+
+def test_an_answer_that_fails_since_its_client_left_is_no_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def ending(error: Exception) -> None:
+        raise error
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        async with running_server(FakeEngine()):
+            # As gRPC does: the error of a call's task is never fetched.
+            for error in (grpc.aio.InternalError("the client left"), RuntimeError("another")):
+                task = asyncio.create_task(ending(error))
+                await asyncio.wait((task,))
+                del task
+            gc.collect()
+        assert loop.get_exception_handler() is None
+
+    run(test())
+    assert "the client left" not in caplog.text
+    assert "another" in caplog.text
+
+
+def test_a_write_that_fails_since_the_client_left_cancels_the_call(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def method(self: Any, request: Any, context: Any) -> None:
+        raise grpc.aio.InternalError("the client left")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(_checked_call(method)(None, pb.GetLoadRequest(), cast(Any, None)))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("method", ["Tokenize", "Detokenize", "GetLoad"])
+def test_clients_that_leave_during_an_answer_leave_no_line_in_the_log(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = {
+        "Tokenize": pb.TokenizeRequest(text="x" * 100_000),
+        "Detokenize": pb.DetokenizeRequest(token_ids=[65] * 100_000),
+        "GetLoad": pb.GetLoadRequest(),
+    }
+    data = requests[method].SerializeToString()
+
+    async def test() -> None:
+        async with running_server(FakeEngine()) as (target, _):
+            for i in range(8):
+                async with grpc.aio.insecure_channel(target) as channel:
+                    answer = channel.unary_unary(f"/jaxinfer.v1.Inference/{method}")
+                    calls = [answer(data) for _ in range(8)]
+                    await asyncio.sleep(0.004 * i)
+                    for call in calls[::2]:
+                        call.cancel()
+            async with AsyncClient(target) as client:
+                assert (await client.load()).accepting
+            gc.collect()
+
+    run(test())
+    assert caplog.text == ""
