@@ -102,8 +102,6 @@ class LoadOptions:
         for field in dataclasses.fields(self):
             if field.name in SIZE_LIMITS and (value := getattr(self, field.name)) is not None:
                 check_size(field.name, value)
-        if not self.model.strip():
-            raise ValueError(f"model names nothing: {self.model!r:.80}")
         _ = self.drafter  # which refuses one that cannot be
 
     @property
