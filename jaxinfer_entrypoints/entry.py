@@ -4,6 +4,7 @@ Importing JAX takes seconds. A Ctrl-C meanwhile would be a traceback from within
 an import is tried only: until ``run_main`` is there, it ends the process at once.
 """
 
+import io
 import os
 import signal
 import sys
@@ -23,8 +24,11 @@ def run_main(main: Callable[[], None]) -> None:
     """Runs ``main``; errors a user can mend end the program with one line and status 1.
 
     Ctrl-C is a ``KeyboardInterrupt`` from here on, and ends the program in silence, like a reader
-    of its output that has gone (``| head``).
+    of its output that has gone (``| head``). What the output's encoding lacks is replaced: an
+    answer that was made is not lost for a character.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

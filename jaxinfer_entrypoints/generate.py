@@ -5,6 +5,7 @@ from jaxinfer_entrypoints.entry import STARTED, run_main  # before all others: s
 # isort: split
 
 import argparse
+import codecs
 import json
 import secrets
 import sys
@@ -224,7 +225,13 @@ def print_result(answer: Answer, options: argparse.Namespace) -> None:
     }
     if options.prompt_logprobs is not None:
         result["prompt_logprobs"] = [entry and asdict(entry) for entry in answer.prompt_logprobs]
-    print(json.dumps(result, ensure_ascii=False), flush=True)
+    print(json_line(result, sys.stdout.encoding), flush=True)
+
+
+def json_line(value: Any, encoding: str | None) -> str:
+    """Returns one line of JSON; characters are escaped that ``encoding`` may lack."""
+    is_complete = codecs.lookup(encoding or "utf-8").name == "utf-8"
+    return json.dumps(value, ensure_ascii=not is_complete)
 
 
 def describe(choice: Choice, with_logprobs: bool) -> dict[str, Any]:

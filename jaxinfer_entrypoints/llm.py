@@ -183,6 +183,8 @@ class LLM:
 
         Raises ``TypeError`` for anything but messages.
         """
+        if isinstance(messages, Message) or not messages:
+            raise TypeError(f"a conversation is a list of Message, got {messages!r:.80}")
         several = messages if _is_several(messages) else [messages]
         for conversation in cast(Sequence[Sequence[Message]], several):
             if isinstance(conversation, str) or not all(

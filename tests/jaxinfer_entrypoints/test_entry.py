@@ -1,5 +1,7 @@
 """Ctrl-C while a program starts, and a reader of its output that has gone."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfer_entrypoints.generate import json_line
 from tests.patience import HANG_SECONDS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -44,6 +47,24 @@ def interrupt_while_importing(process: "subprocess.Popen[str]") -> tuple[int, st
     output, errors = process.communicate(timeout=HANG_SECONDS)
     lines = [*said, *errors.splitlines(keepends=True)]
     return process.returncode, output, "".join(s for s in lines if not s.startswith("import time:"))
+
+
+def test_output_that_cannot_be_printed_is_replaced() -> None:
+    program = (
+        "from jaxinfer_entrypoints.entry import run_main\n"
+        "run_main(lambda: print('caf\\u00e9', end='\\n'))\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf?\n", b"")
+
+
+def test_json_is_escaped_where_it_cannot_be_printed() -> None:
+    value = {"text": "caf\u00e9 \u6d77"}
+    for encoding in ("ascii", "latin-1", "UTF8", None):
+        line = json_line(value, encoding)
+        assert json.loads(line) == value
+        assert line.isascii() == (encoding in ("ascii", "latin-1"))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

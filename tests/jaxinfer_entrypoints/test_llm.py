@@ -99,6 +99,9 @@ def test_conversations(llm: LLM) -> None:
     assert cast(Completion, llm.generate(conversation, max_tokens=4)).text == answer.text
     with pytest.raises(TypeError, match="a conversation is a list of Message, got 'abc'"):
         llm.chat(cast(Any, ["abc"]))
+    for nothing in ([], conversation[0]):
+        with pytest.raises(TypeError, match="a conversation is a list of Message, got"):
+            llm.chat(cast(Any, nothing))
 
 
 def test_a_stream_is_the_same_in_pieces(llm: LLM) -> None:
