@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 
 from serving.text.template_sandbox import TemplateSandbox
 
@@ -35,11 +36,15 @@ class ChatTemplate:
         self._environment = environment = TemplateSandbox()
         try:
             self._template = environment.from_string(source)
-            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            parsed = environment.parse(source)
+            variables = jinja2.meta.find_undeclared_variables(parsed)
+            constants = [node.value for node in parsed.find_all(jinja2.nodes.Const)]
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"the chat template is not valid: {_one_line(error)}") from error
         self._special_tokens = dict(special_tokens)
         self._knows_tools = "tools" in variables
+        # Those that the template asks for by name; others it may write as they are.
+        self._roles = {*ROLES, *(value for value in constants if isinstance(value, str))}
         # Those that are neither ours nor functions of the environment.
         self._free_variables = (
             variables - _OWN_VARIABLES - special_tokens.keys() - environment.globals.keys()
@@ -52,8 +57,10 @@ class ChatTemplate:
         arguments: Mapping[str, str | bool] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """Returns the prompt for ``messages``, each with ``content`` and a ``role`` of ROLES.
+        """Returns the prompt for ``messages``, each with ``content`` and a ``role``.
 
+        A role is one of ROLES, or another that the template asks for or writes (developer,
+        ipython): of a message with any other nothing might be left.
         They may have a ``name``, ``tool_calls`` and a ``tool_call_id``. ``arguments`` are further
         variables of the template. Raises ``ValueError`` for other messages, for arguments and tools
         that the template does not know, and for whatever the template itself refuses.
@@ -75,12 +82,19 @@ class ChatTemplate:
         }
         try:
             with self._environment.one_rendering():
-                return self._template.render(variables)
+                text = self._template.render(variables)
         # The template is foreign code: whatever goes wrong in it is the input's fault.
         except Exception as error:
             raise ValueError(
                 f"the chat template failed on these messages: {_one_line(error)}"
             ) from error
+        for message in messages:
+            if message["role"] not in self._roles and message["role"] not in text:
+                raise ValueError(
+                    f"role must be one of {', '.join(ROLES)} or what else the chat template knows, "
+                    f"got {message['role']!r:.40}"
+                )
+        return text
 
     def render_open(
         self,
@@ -115,8 +129,6 @@ def _check(message: Mapping[str, Any]) -> None:
             raise ValueError(f"every message needs a {key} that is a string")
     if not isinstance(message.get("name", ""), str):
         raise ValueError("the name of a message must be a string")
-    if message["role"] not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {message['role']!r:.40}")
 
 
 def _one_line(error: BaseException) -> str:
