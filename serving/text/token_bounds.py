@@ -30,6 +30,16 @@ def fewest_tokens(
     ``bytes_of`` tells the bytes of a token of the vocabulary; ``bytes_with_tokens`` have a token of
     their own, and others are dropped.
     """
+    try:
+        return _bound_of(spec, bytes_of, bytes_with_tokens)
+    except (AttributeError, KeyError, RecursionError, TypeError):
+        # A tokenizer.json that has something else somewhere: nothing is known of it.
+        return _unknown
+
+
+def _bound_of(
+    spec: AnyTokenizer, bytes_of: Callable[[int], bytes], bytes_with_tokens: frozenset[int]
+) -> FewestTokens:
     description: Mapping[str, Any] = {}
     if isinstance(spec, TokenizerJson):
         description = json.loads(spec.text)
