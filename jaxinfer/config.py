@@ -317,9 +317,13 @@ SIZE_LIMITS: Mapping[str, tuple[int, int]] = {
 }
 
 
-def check_size(name: str, value: float) -> None:
-    """Raises ``ValueError`` naming a field of ``SIZE_LIMITS``, its limits and its value."""
+def check_size(name: str, value: float, fewest: int = 0) -> None:
+    """Raises ``ValueError`` naming a field of ``SIZE_LIMITS``, its limits and its value.
+
+    ``fewest``: a lower limit that is higher.
+    """
     low, high = SIZE_LIMITS[name]
+    low = max(low, fewest)
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
@@ -369,6 +373,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in SIZE_LIMITS:
             check_size(name, getattr(self, name))
+        check_size("max_num_batched_tokens", self.max_num_batched_tokens, self.chunk_tile)
         if self.max_num_batched_tokens % self.chunk_tile:
             raise ValueError(
                 f"max_num_batched_tokens must be a multiple of {self.chunk_tile} (chunk_tile), "
