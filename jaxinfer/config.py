@@ -176,7 +176,9 @@ class Vocabulary:
     special tokens that never appear in generated text; ``added_token_ids`` are matched whole in
     prompts but are ordinary text. ``add_bos_token``: prompts begin with ``bos_token_id``.
     ``add_space_prefix``: a space is put before every text, and taken from its beginning when tokens
-    become text again.
+    become text again. ``tool_template`` is for chats with tools, where there is one of its own.
+    ``template_tokens``: what templates call tokens, and their strings: ("pad_token", "<pad>"); BOS
+    and the first of EOS need not be among them.
     """
 
     tokens: tuple[str, ...]
@@ -187,6 +189,8 @@ class Vocabulary:
     add_bos_token: bool = False
     add_space_prefix: bool = False
     chat_template: str | None = None
+    tool_template: str | None = None
+    template_tokens: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

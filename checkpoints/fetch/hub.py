@@ -31,7 +31,8 @@ Progress = Callable[[int, int], None]
 # Files that checkpoints/hugging_face reads; weights in other formats are left where they are.
 _FILES = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json"
-    r"|chat_template\.(jinja|json)|model\.safetensors(\.index\.json)?"
+    r"|special_tokens_map\.json|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/tool_use\.jinja|model\.safetensors(\.index\.json)?"
     r"|model-\d+-of-\d+\.safetensors"
 )
 _WEIGHTS = re.compile(r"model.*\.safetensors")
@@ -84,15 +85,16 @@ def _fetch(model: HubModel, progress: Progress | None) -> Path:
     names = _wanted(model, sizes)
     total, done = sum(sizes[name] for name in names), 0
     disable_progress_bars()  # one a file; ours is of all
-    paths = []
+    paths = {}
     for name in names:
-        paths.append(Path(hub.hf_hub_download(model.repo, name, revision=info.sha)))
+        paths[name] = Path(hub.hf_hub_download(model.repo, name, revision=info.sha))
         done += sizes[name]
         if progress:
             progress(done, total)
-    _remember(paths[0], model.revision or "main", info.sha or "")
+    first = paths[names[0] if model.file else "config.json"]
+    _remember(first, model.revision or "main", info.sha or "")
     # All lie in one folder, whose name is the commit.
-    return paths[0] if model.file else paths[0].parent
+    return first if model.file else first.parent
 
 
 def _remember(file: Path, revision: str, commit: str) -> None:

@@ -1,6 +1,6 @@
 """The tokenizer that a GGUF file describes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,19 @@ _BEGINS_WITH_BOS = (
     *("llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1"),
     *("jina-v5-nano", "lfm2", "midm-2.0", "tekken"),
 )
+_TEMPLATES = {
+    "chat_template": "tokenizer.chat_template",
+    "tool_template": "tokenizer.chat_template.tool_use",
+}
+# What templates call tokens, and what files do: they spell one in two ways.
+_TEMPLATE_TOKENS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+    "sep": "seperator",
+    "mask": "mask",
+}
 # Of Phi-3's control tokens, those that keep the white space behind them.
 _PHI_3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -49,8 +62,10 @@ def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | Sent
         "bos_token_id": _token_id(metadata, "bos", len(tokens)),
         "eos_token_ids": _end_ids(metadata, len(tokens), vocab_size),
     }
-    if "tokenizer.chat_template" in metadata:
-        common["chat_template"] = metadata_value(metadata, "tokenizer.chat_template", str)
+    for field, key in _TEMPLATES.items():
+        if key in metadata:
+            common[field] = metadata_value(metadata, key, str)
+    common["template_tokens"] = tuple(_template_tokens(metadata, tokens))
     # llama.cpp's defaults go by the kind: Llama 3 files often leave them out.
     if kind == "llama":
         return SentencePieceSpec(
@@ -72,6 +87,14 @@ def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | Sent
             metadata, "tokenizer.ggml.add_bos_token", bool, pre_tokenizer in _BEGINS_WITH_BOS
         ),
     )
+
+
+def _template_tokens(metadata: _Metadata, tokens: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name, key in _TEMPLATE_TOKENS.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        # Some files pad with a token that their vocabulary lost; nothing else depends on it.
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            yield f"{name}_token", tokens[token_id]
 
 
 def _end_ids(metadata: _Metadata, num_tokens: int, num_rows: int) -> tuple[int, ...]:

@@ -15,7 +15,12 @@ from jaxinfer.config import TokenizerJson
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+)
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -58,6 +63,7 @@ def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> 
         end_ids.append(eos)
     # Some configurations name tokens that a smaller vocabulary has not.
     end_ids = [token_id for token_id in end_ids if token_id < min(len(tokens), vocab_size)]
+    template, tool_template = _chat_templates(folder, settings)
     return TokenizerJson(
         # Without what cuts and pads texts for training.
         text=json.dumps({**fields, "truncation": None, "padding": None}, ensure_ascii=False),
@@ -68,7 +74,9 @@ def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> 
         added_token_ids=tuple(token_id for token_id, _, is_special in added if not is_special),
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(end_ids)),
-        chat_template=_chat_template(folder, settings),
+        chat_template=template,
+        tool_template=tool_template,
+        template_tokens=_template_tokens(folder, settings),
     )
 
 
@@ -148,14 +156,35 @@ def _end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
     return list(ids)
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    jinja, wrapped = (folder / name for name in CHAT_TEMPLATES)
-    if jinja.exists():
-        return read_text(jinja, MAX_CONFIG_BYTES)
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """The template, and the one for chats with tools: of files of their own, else of settings."""
+    jinja, wrapped, for_tools = (folder / name for name in CHAT_TEMPLATES)
+    if jinja.exists() or for_tools.exists():
+        return tuple(
+            read_text(path, MAX_CONFIG_BYTES) if path.exists() else None
+            for path in (jinja, for_tools)
+        )
     template = _optional(wrapped).get("chat_template") or settings.get("chat_template")
+    named = {"default": template}
     if isinstance(template, list):
-        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{folder / TOKENIZER_CONFIG}: chat_template must be a string")
-    return template
+        of_names = (one for one in template if isinstance(one, dict))
+        named = {str(one.get("name")): one.get("template") for one in of_names}
+    elif isinstance(template, dict):
+        named = template
+    templates = named.get("default"), named.get("tool_use")
+    for value in templates:
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{folder / TOKENIZER_CONFIG}: chat_template must be a string")
+    return templates
+
+
+def _template_tokens(folder: Path, settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The tokens that settings give a name, as templates know them."""
+    further = settings.get("extra_special_tokens")
+    given = {
+        **_optional(folder / SPECIAL_TOKENS_MAP),
+        **(further if isinstance(further, dict) else {}),
+        **settings,
+    }
+    texts = {name: _token_text(token) for name, token in given.items() if name.endswith("_token")}
+    return tuple((name, text) for name, text in texts.items() if text)

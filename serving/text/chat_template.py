@@ -24,7 +24,7 @@ _OWN_VARIABLES = frozenset(("messages", "add_generation_prompt", "tools", "docum
 class ChatTemplate:
     """Renders messages to a prompt. Raises ``ValueError`` when ``source`` is no valid template.
 
-    ``special_tokens`` are further variables of the template, ``bos_token`` and ``eos_token``.
+    ``special_tokens`` are further variables of the template: ``bos_token``, ``pad_token``.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:

@@ -47,9 +47,10 @@ class Tokenizer:
         )
         self._max_tokens: int | None = None
         self._control_ids = frozenset(spec.control_token_ids)
-        self._template = None
-        if spec.chat_template is not None:
-            self._template = ChatTemplate(spec.chat_template, _special_tokens(spec))
+        self._template, self._tool_template = (
+            None if source is None else ChatTemplate(source, _template_tokens(spec))
+            for source in (spec.chat_template, spec.tool_template)
+        )
 
     def limited(self, max_tokens: int) -> Self:
         """Returns this tokenizer for prompts of at most ``max_tokens``.
@@ -78,8 +79,8 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """True when chats can be rendered."""
-        return self._template is not None
+        """True when chats can be rendered, if only those with tools."""
+        return self._template is not None or self._tool_template is not None
 
     def encode(
         self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False
@@ -158,12 +159,16 @@ class Tokenizer:
         Raises ``ValueError`` when the checkpoint has no chat template, for an unknown role, and
         when the template refuses the messages or the arguments.
         """
-        if self._template is None:
-            raise ValueError("this checkpoint has no chat template; send text or token ids")
+        template = self._tool_template if tools and self._tool_template else self._template
+        if template is None:
+            without = " for chats without tools" if self._tool_template else ""
+            raise ValueError(
+                f"this checkpoint has no chat template{without}; send text or token ids"
+            )
         arguments = template_arguments or {}
         if continue_final_message:
-            return self._template.render_open(messages, arguments, tools)
-        return self._template.render(messages, add_generation_prompt, arguments, tools)
+            return template.render_open(messages, arguments, tools)
+        return template.render(messages, add_generation_prompt, arguments, tools)
 
     def encode_chat(
         self,
@@ -272,13 +277,13 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _special_tokens(spec: AnyTokenizer) -> dict[str, str]:
+def _template_tokens(spec: AnyTokenizer) -> dict[str, str]:
     tokens = {}
     if spec.bos_token_id is not None:
         tokens["bos_token"] = spec.tokens[spec.bos_token_id]
     if spec.eos_token_ids:
         tokens["eos_token"] = spec.tokens[spec.eos_token_ids[0]]
-    return tokens
+    return tokens | dict(spec.template_tokens)
 
 
 def _strings(value: object) -> Iterator[str]:

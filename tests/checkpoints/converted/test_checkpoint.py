@@ -188,6 +188,8 @@ def test_tokenizers_come_back(tmp_path: Path, kind: str) -> None:
     source = Source("qwen3")
     source.model = replace(source.model, vocab_size=600)
     spec = replace(spec_of(kind), chat_template="{{ messages }}", eos_token_ids=(3, 1))
+    named = (("pad_token", "<pad>"), ("image_token", "<i>"))
+    spec = replace(spec, tool_template="{{ tools }}", template_tokens=named)
     parameters = {
         path: np.zeros(shape, np.float32)
         for path, shape in models.parameter_shapes(source.model).items()

@@ -16,6 +16,7 @@ from checkpoints.fetch.hub_id import HubModel, parse_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
     "config.json": b"{}",
     "model-00001-of-00002.safetensors": b"a" * 5000,
     "model-00002-of-00002.safetensors": bytes(range(256)) * 200,
@@ -151,7 +152,8 @@ def test_only_needed_files_of_one_commit(hub: Hub) -> None:
     counted: list[tuple[int, int]] = []
     folder = resolve("org/small@v1", lambda *count: counted.append(count))
     assert folder.name == COMMIT
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     needed = {name: data for name, data in FILES.items() if data != b"never"}
     assert found == needed
     total = sum(map(len, needed.values()))

@@ -86,6 +86,18 @@ def test_every_end_of_text_token_counts(tmp_path: Path) -> None:
     assert open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer.eos_token_ids == (0,)
 
 
+def test_templates_and_what_they_call_tokens(tmp_path: Path) -> None:
+    keys = {
+        "tokenizer__chat_template__tool_use": (STRING, "{{ tools }}"),
+        "tokenizer__ggml__padding_token_id": (UINT32, 2),
+        "tokenizer__ggml__unknown_token_id": (UINT32, 99),  # is none
+    }
+    spec = open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer
+    assert spec.tool_template == "{{ tools }}"
+    named = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<tool>"}
+    assert dict(spec.template_tokens) == named
+
+
 def test_tensors_come_back_in_the_order_of_hugging_face(tmp_path: Path) -> None:
     weights = draw_weights(CONFIG, seed=3)
     checkpoint = open_bytes(tmp_path, llama_bytes())

@@ -91,3 +91,58 @@ def test_a_vocabulary_may_list_its_added_tokens_too(folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     edit(folder, model=model | {"vocab": model["vocab"] | {IMAGE: ROWS}})
     assert open_checkpoint(folder).tokenizer.tokens[ROWS] == IMAGE
+
+
+NAMED = [
+    {"name": "default", "template": "{{ eos_token }}{{ unk_token }}{{ pad_token }}"},
+    {"name": "tool_use", "template": "{{ tools[0].name }}{{ image_token }}{{ sep_token }}"},
+]
+TOKENS = {
+    "eos_token": "<|end|>",
+    "pad_token": {"content": "<1>", "lstrip": False},
+    "unk_token": "<2>",
+    "sep_token": None,
+    "extra_special_tokens": {"image_token": IMAGE},
+}
+
+
+@pytest.mark.parametrize("place", ["named", "files", "map"])
+def test_templates_are_rendered_as_transformers_does(folder: Path, place: str) -> None:
+    """The one for tools, and special tokens by the names that templates know them by.
+
+    EOS is what the tokenizer calls so, not the first token that ends a text.
+    """
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1]}))
+    settings = {**TOKENS, "chat_template": NAMED if place != "files" else "{{ bad"}
+    if place == "map":
+        names = {name: settings.pop(name) for name in ("pad_token", "unk_token")}
+        (folder / "special_tokens_map.json").write_text(json.dumps({**names, "eos_token": "<3>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink()
+    if place == "files":
+        (folder / "additional_chat_templates").mkdir()
+        paths = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+        for path, named in zip(paths, NAMED, strict=True):
+            (folder / path).write_text(named["template"])
+    tokenizer = Tokenizer(open_checkpoint(folder).tokenizer)
+    hello = [{"role": "user", "content": "ab"}]
+    assert tokenizer.render_chat(hello) == "<|end|><2><1>"
+    assert tokenizer.render_chat(hello, tools=[{"name": "look"}]) == f"look{IMAGE}"
+
+
+def test_a_template_for_chats_with_tools_alone(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": NAMED[1:]}))
+    tokenizer = Tokenizer(open_checkpoint(folder).tokenizer)
+    assert tokenizer.has_chat_template
+    assert tokenizer.render_chat([], tools=[{"name": "look"}]) == "look"
+    with pytest.raises(ValueError, match="no chat template for chats without tools"):
+        tokenizer.render_chat([])
+
+
+@pytest.mark.parametrize("template", [3, [{"name": "tool_use", "template": ["x"]}]])
+def test_templates_that_are_no_text(folder: Path, template: Any) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: chat_template must be a string"):
+        assert open_checkpoint(folder).tokenizer
