@@ -24,6 +24,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.models import llama
 from jaxinfer.sharding import abstract_parameters
 from jaxinfer.weights import formats
+from jaxinfer.weights.integers import Integers
 from jaxinfer.weights.protocol import Format, QuantizedMatrix, QuantizedWeight
 from jaxinfer.weights.recorded import float_product
 from pallas_kernels import quantized_matmul, ragged_paged_attention
@@ -151,6 +152,13 @@ class HalfWeight(QuantizedWeight):
     def dequantize(self, arrays: Any) -> Any:
         return 2 * arrays["halves"]
 
+    def from_stored(self, parts: Integers) -> Any:
+        return self.quantize(parts.values * parts.scales)
+
+    def integers(self, arrays: Any) -> Integers:
+        doubled = 2 * arrays["halves"]
+        return Integers(np.sign(doubled).astype(np.int8), abs(doubled))
+
     @property
     def matrix(self) -> "HalfMatrix":
         return HalfMatrix(self.halves[...], self.inputs)
@@ -200,6 +208,13 @@ def test_a_weight_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     convert(source, folder, np.dtype(np.float32), {}, None, Rounding(Quantization("half")))
     floats, halves = loaded(source, exact), loaded(open_checkpoint(folder), half)
     np.testing.assert_array_equal(halves["lm_head"]["halves"], floats["lm_head"] / 2)
+
+    # Converted folders go by it from heads as they are to heads of several devices.
+    weight = HalfFormat().weight(jnp.asarray([[1.5, -2.0]]), (None, None), (1,))
+    arrays = {"halves": np.array([[0.75, -1]], np.float32)}
+    np.testing.assert_array_equal(
+        weight.from_stored(weight.integers(arrays))["halves"], [[0.75, -1]]
+    )
 
     def answers(dtypes: DtypePolicy, parameters: Any) -> Any:
         engine = Engine(tiny_spec(tiny_config(), source.model, dtypes))

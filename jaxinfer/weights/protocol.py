@@ -60,16 +60,16 @@ class QuantizedWeight(nnx.Module):
     def dequantize(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the matrix that ``arrays`` stand for, in float32 and its own axes."""
 
+    @abc.abstractmethod
     def from_stored(self, parts: Integers) -> Mapping[str, np.ndarray]:
         """Returns the arrays of a matrix that a file stores as integers, of the same numbers.
 
         ``parts`` have the matrix's axes.
         """
-        raise NotImplementedError(f"no file stores {type(self.form).__name__}")
 
+    @abc.abstractmethod
     def integers(self, arrays: Mapping[str, np.ndarray]) -> Integers:
         """Returns what ``from_stored`` made ``arrays`` of."""
-        raise NotImplementedError(f"no file stores {type(self.form).__name__}")
 
     @property
     @abc.abstractmethod
