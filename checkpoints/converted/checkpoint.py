@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ class OrbaxCheckpoint:
     @property
     def tokenizer(self) -> AnyTokenizer:
         """The tokenizer. Raises ``ValueError`` when its file is missing or damaged."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> AnyTokenizer:
         path = self.folder / VOCABULARY
         fields = read_json(path, MAX_VOCABULARY_BYTES)
         kind = fields.pop("kind", None)

@@ -7,6 +7,7 @@ ignored. No code of a folder is run.
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ class HuggingFaceCheckpoint:
     @property
     def tokenizer(self) -> TokenizerJson:
         """The tokenizer. Raises ``ValueError`` when there is none or it is not supported."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> TokenizerJson:
         text = self._config.get("text_config", {})
         given = {name: value for name, value in text.items() if value is not None}
         return read_tokenizer(self.path, self.model.vocab_size, {**self._config, **given})
@@ -75,17 +80,17 @@ class HuggingFaceCheckpoint:
     @property
     def default_sampling(self) -> SamplingParams:
         """The sampling of generation_config.json. Raises ``ValueError`` when that cannot be."""
-        return self._generation().sampling
+        return self._generation.sampling
 
     @property
     def default_ending(self) -> Ending:
         """The ends of texts of generation_config.json. Raises as ``default_sampling``."""
-        return self._generation().ending
+        return self._generation.ending
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Tells of tensors that are left out, and of generation_config.json what is not done."""
-        notes, unread = list[str](), self._generation().unread
+        notes, unread = list[str](), self._generation.unread
         if self._images:
             count, first = len(self._images), min(self._images)
             notes.append(
@@ -95,6 +100,7 @@ class HuggingFaceCheckpoint:
             notes.append(f"{self.path / GENERATION_CONFIG}: not in effect: {', '.join(unread)}")
         return tuple(notes)
 
+    @cached_property
     def _generation(self) -> Generation:
         return read_generation(self.path, self.model.vocab_size)
 
