@@ -103,6 +103,9 @@ def load_model(
     sampling, ending = SamplingParams(), Ending()
     if options.generation_config:
         sampling, ending = checkpoint.default_sampling, checkpoint.default_ending
+        # Rows that no token has are never chosen, and requests cannot name them.
+        biases = [bias for bias in sampling.logit_bias if bias[0] < spec.model.num_tokens]
+        sampling = dataclasses.replace(sampling, logit_bias=tuple(biases))
     engine = Engine(spec)
     shapes = pick_shapes(engine, tokenizer, sampling, ending) if pick_shapes else None
     parameters = _load(

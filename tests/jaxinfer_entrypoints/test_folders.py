@@ -55,6 +55,9 @@ def test_rows_without_a_token_are_never_chosen(run: Run, tmp_path: Path) -> None
     arguments = ["--json", "--max-tokens", "100", "--ignore-eos", "--seed", "1", "--n", "4", "ab"]
     for num_tokens in (96, 97):
         write_tokenizer(tmp_path, num_tokens)
+        suppressed = [3, *range(num_tokens, 97)]  # rows that no request could name, too
+        fields = {"suppress_tokens": suppressed}
+        (tmp_path / "generation_config.json").write_text(json.dumps(fields))
         result = run("generate", *arguments, "--temperature", "5", model=str(tmp_path))
         assert not result.error, result.error
         choices = result.lines[0]["choices"]
