@@ -60,6 +60,10 @@ serve: $(RUNTIME) ## start the server; ARGS are its flags
 
 PYTEST = $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# Compiling is most of what tests do: here without what makes programs fast. test-thorough compiles as
+# users do.
+test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0 \
+    --xla_llvm_disable_expensive_passes=true
 test: $(DEVELOPMENT) ## run the tests in minutes, without the thorough ones; ARGS are pytest's
 	@$(PYTEST) -m 'not thorough' $(ARGS)
 
@@ -74,7 +78,7 @@ bench-peers: $(RUNTIME) ## measure us beside the peers that are built; ARGS are 
 	@$(PYTHON) scripts/bench_peers.py --peers '$(PEERS)' --only jaxinfer jaxinfer-fast \
 	    $(PEERS_ONLY) $(if $(LLAMA_CPP),--llama-cpp '$(LLAMA_CPP)') $(ARGS)
 
-# Wants a machine with /proc, and a minute and a half.
+# Takes a minute and a half.
 soak: $(DEVELOPMENT) ## bring faults upon a server of a tiny model; ARGS="--short" is seconds
 	@$(PYTHON) -m tools.soak $(ARGS)
 
