@@ -38,3 +38,19 @@ def write_drafts(
     """Puts ``tokens`` [D] in the table of tokens, where they ``is_real`` [D]."""
     written = jnp.where(is_real, slots, state.tokens.shape[0])
     return replace(state, tokens=state.tokens.at[written, at].set(tokens, mode="drop"))
+
+
+def found_drafts(
+    state: StepState, slots: jax.Array, lens: jax.Array, drafts: Drafts, vocab_size: int | None
+) -> tuple[Drafts, StepState]:
+    """Drafts that are certain, not drawn, and the state that has them after ``lens`` [D] tokens.
+
+    ``vocab_size``: where verification asks for their distributions, which are of one token each.
+    """
+    for number in range(drafts.token_ids.shape[1]):
+        is_real = number < drafts.num_drafts
+        state = write_drafts(state, slots, lens + 1 + number, drafts.token_ids[:, number], is_real)
+    if vocab_size is None:
+        return drafts, state
+    is_draft = drafts.token_ids[..., None] == jnp.arange(vocab_size)[None, None, :]
+    return drafts._replace(logprobs=jnp.where(is_draft, 0.0, -jnp.inf)), state

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxinfer.batch import Batch
 from jaxinfer.config import EngineConfig
 from jaxinfer.speculation.drafter import TargetAndDraft
-from jaxinfer.speculation.drafts import Drafts, Wanted, write_drafts
+from jaxinfer.speculation.drafts import Drafts, Wanted, found_drafts
 from jaxinfer.step_state import StepState
 
 # Tokens that a place in the text must have in common with its end.
@@ -20,7 +20,8 @@ class Drafter:
     """Prompt lookup in each decode's own text."""
 
     def __init__(self, models: TargetAndDraft, config: EngineConfig) -> None:
-        self._config, self._vocab_size = config, models.target.model.vocab_size
+        vocab_size = models.target.model.vocab_size
+        self._vocab_size = vocab_size if config.verify == "rejection" else None
 
     def catch_up(self, state: StepState, batch: Batch, wanted: Wanted) -> StepState:
         """Lacks nothing: the state's table has the text."""
@@ -31,16 +32,8 @@ class Drafter:
         slots, lens = batch.decode_slots, wanted.lens
         tokens = state.tokens.at[slots].get(mode="fill", fill_value=0)
         drafts, found = propose_ngrams(tokens, lens + 1, wanted.max_drafts)
-        num_drafts = jnp.minimum(wanted.num_drafts, found)
-        for number in range(wanted.max_drafts):
-            is_real = number < num_drafts
-            state = write_drafts(state, slots, lens + 1 + number, drafts[:, number], is_real)
-        logprobs = None
-        if self._config.verify == "rejection":
-            vocabulary = jnp.arange(self._vocab_size)[None, None, :]
-            is_draft = drafts[..., None] == vocabulary
-            logprobs = jnp.where(is_draft, 0.0, -jnp.inf)
-        return Drafts(drafts, num_drafts, logprobs), state
+        found_here = Drafts(drafts, jnp.minimum(wanted.num_drafts, found))
+        return found_drafts(state, slots, lens, found_here, self._vocab_size)
 
     def read_chunks(self, state: StepState, batch: Batch) -> StepState:
         """Keeps nothing of its own of a chunk."""

@@ -1,5 +1,6 @@
 """Small random models and engines for tests."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,12 +72,15 @@ def random_parameters(model: ModelConfig, seed: int = 0) -> dict[Any, Any]:
 
 
 def make_engine(
-    config: EngineConfig | None = None, model: ModelConfig | None = None, seed: int = 0
+    config: EngineConfig | None = None,
+    model: ModelConfig | None = None,
+    seed: int = 0,
+    pick_shapes: Callable[[Engine], list[BatchShape]] | None = None,
 ) -> Engine:
-    """A compiled and started engine on one CPU device."""
+    """A compiled and started engine on one CPU device, of all shapes or of those picked."""
     model = model or tiny_model()
     engine = Engine(tiny_spec(config, model))
-    engine.compile()
+    engine.compile(shapes=pick_shapes and pick_shapes(engine))
     engine.start(jax.device_put(random_parameters(model, seed)))
     return engine
 

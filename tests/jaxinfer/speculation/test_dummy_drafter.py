@@ -6,7 +6,6 @@ It repeats the last token of the text, which is right where a text repeats itsel
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -16,17 +15,15 @@ from jaxinfer.drafters import DRAFTERS, DrafterTraits
 from jaxinfer.engine import Engine
 from jaxinfer.request import SamplingParams
 from jaxinfer.speculation.drafter import TargetAndDraft
-from jaxinfer.speculation.drafts import Drafts, Wanted, write_drafts
+from jaxinfer.speculation.drafts import Drafts, Wanted, found_drafts
 from jaxinfer.step_state import StepState
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
     few_shapes,
-    random_parameters,
+    make_engine,
     random_request,
     run_all,
     tiny_config,
-    tiny_model,
-    tiny_spec,
 )
 from tests.thorough import thorough_beyond
 
@@ -35,7 +32,8 @@ class Drafter:
     """Drafts the last token of each text, as often as is wanted."""
 
     def __init__(self, models: TargetAndDraft, config: EngineConfig) -> None:
-        self._config, self._vocab_size = config, models.target.model.vocab_size
+        vocab_size = models.target.model.vocab_size
+        self._vocab_size = vocab_size if config.verify == "rejection" else None
 
     def catch_up(self, state: StepState, batch: Batch, wanted: Wanted) -> StepState:
         return state
@@ -44,13 +42,8 @@ class Drafter:
         slots, lens = batch.decode_slots, wanted.lens
         last = state.tokens.at[slots, lens].get(mode="fill", fill_value=0)
         drafts = jnp.repeat(last[:, None], wanted.max_drafts, axis=1)
-        for number in range(wanted.max_drafts):
-            is_real = number < wanted.num_drafts
-            state = write_drafts(state, slots, lens + 1 + number, last, is_real)
-        logprobs = None
-        if self._config.verify == "rejection":
-            logprobs = jnp.log(jax.nn.one_hot(drafts, self._vocab_size))
-        return Drafts(drafts, wanted.num_drafts, logprobs), state
+        repeated = Drafts(drafts, wanted.num_drafts)
+        return found_drafts(state, slots, lens, repeated, self._vocab_size)
 
     def read_chunks(self, state: StepState, batch: Batch) -> StepState:
         return state
@@ -65,10 +58,7 @@ def drafter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def drafting(**changes: Any) -> Engine:
     values = {"num_drafts": 3, "adapt_drafts": False} | changes
-    engine = Engine(tiny_spec(tiny_config(**values)))
-    engine.compile(shapes=few_shapes(engine))
-    engine.start(jax.device_put(random_parameters(tiny_model())))
-    return engine
+    return make_engine(tiny_config(**values), pick_shapes=few_shapes)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,10 @@ from jaxinfer.speculation.ngram import propose_ngrams
 from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
 from tests.jaxinfer.tiny import (
     few_shapes,
-    random_parameters,
+    make_engine,
     random_request,
     run_all,
     tiny_config,
-    tiny_model,
-    tiny_spec,
 )
 
 
@@ -86,11 +84,12 @@ def test_nothing_comes_after_an_end() -> None:
 def drafting(**changes: Any) -> Engine:
     """Always drafting, for what is measured would decide otherwise now and then."""
     values = {"draft": "ngram", "num_drafts": 3, "adapt_drafts": False} | changes
-    engine = Engine(tiny_spec(tiny_config(**values)))
+    return make_engine(tiny_config(**values), pick_shapes=_shapes)
+
+
+def _shapes(engine: Engine) -> list[BatchShape]:
     fewest = BatchShape(2, 0, 3)  # eight rows, as many as a plain step has
-    engine.compile(shapes=[*few_shapes(engine), *(s for s in engine.shapes if s == fewest)])
-    engine.start(jax.device_put(random_parameters(tiny_model())))
-    return engine
+    return [*few_shapes(engine), *(shape for shape in engine.shapes if shape == fewest)]
 
 
 # Compiled once for this file.
