@@ -52,7 +52,7 @@ def chat() -> None:
     """
     options = parse_arguments()
     wanted = generate_options(options)
-    prepare_streams()
+    prepare_input()
     with Client(options.address) as client:
         greeting = greet(client, options.address, options.max_tokens)
         session = Session(client, options.address, wanted, options.system)
@@ -326,12 +326,11 @@ def one_line(text: str) -> str:
 
 
 def is_text(line: str) -> bool:
-    """Tells if all bytes of a line were characters; see ``prepare_streams``."""
+    """Tells if all bytes of a line were characters; see ``prepare_input``."""
     return not any("\ud800" <= character <= "\udfff" for character in line)
 
 
-def prepare_streams() -> None:
+def prepare_input() -> None:
     """No byte of a pipe ends the chat: what is no UTF-8 is refused with its line."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")

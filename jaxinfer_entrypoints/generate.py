@@ -35,7 +35,7 @@ from jaxinfer_entrypoints.loading.phases import Phases
 from serving.request_checks import DEFAULT_MAX_TOKENS
 from serving.request_stream import TextOutput
 from serving.rpc.admission import stop_tokens
-from serving.text.output_text import output_texts
+from serving.text.output_text import TextOptions, output_texts
 from serving.text.tokenizer import Tokenizer
 
 
@@ -113,14 +113,10 @@ def generate() -> None:
             seeded = replace(sampling, seed=seed)
             try:
                 prompt = tuple(encode(line, tokenizer, options))
-                request = make_request(number, prompt, seeded, engine, tokenizer, options)
-                stops = stop_tokens(options.stop_token_id, text_options, tokenizer)
-                request = replace(request, stop_token_ids=stops)
-                if options.min_tokens is None:
-                    fewest = min(ending.min_tokens, request.max_tokens)
-                    request = replace(request, min_tokens=fewest)
+                request = make_request(prompt, seeded, engine, tokenizer, text_options, options)
             except ValueError as error:
                 raise ValueError(f"{line.place}: {error}") from error
+            request = replace(request, request_id=str(number))
             generation = Generation.of(request, new_text)
             answers.append(Answer(generation, [Choice() for _ in range(request.n)]))
         return shapes_for(engine, [answer.generation.request for answer in answers])
@@ -147,24 +143,29 @@ def shapes_for(engine: Engine, requests: Sequence[Request]) -> Sequence[BatchSha
 
 
 def make_request(
-    number: int,
     prompt: tuple[int, ...],
     sampling: SamplingParams,
     engine: Engine,
     tokenizer: Tokenizer,
+    text_options: TextOptions,
     options: argparse.Namespace,
 ) -> Request:
-    """A request that is known to fit."""
+    """A request that is known to fit.
+
+    ``text_options`` have the fewest tokens where nobody says how many: no more than the most.
+    """
     room = engine.spec.config.max_model_len - len(prompt)
+    max_tokens = options.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
+    fewest, is_default = text_options.min_tokens, options.min_tokens is None
     request = Request(
-        request_id=str(number),
+        request_id="",
         prompt_token_ids=prompt,
-        max_tokens=options.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
+        max_tokens=max_tokens,
         sampling=sampling,
         eos_token_ids=tokenizer.eos_token_ids,
         ignore_eos=options.ignore_eos,
-        stop_token_ids=tuple(options.stop_token_id),
-        min_tokens=options.min_tokens or 0,
+        stop_token_ids=stop_tokens(options.stop_token_id, text_options, tokenizer),
+        min_tokens=min(fewest, max_tokens) if is_default else fewest,
         n=options.n,
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,

@@ -6,7 +6,6 @@ each must come to is held by tests, with smaller numbers.
 
 import argparse
 import asyncio
-import os
 import subprocess
 import sys
 import tempfile
@@ -66,14 +65,23 @@ class Server:
         options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
         return grpc.aio.insecure_channel(self.target, options=options)
 
-    def memory_mib(self, peak: bool = False) -> float:
-        """Resident memory of the process now, or the most since ``forget_peak``."""
-        key = "VmHWM:" if peak else "VmRSS:"
-        lines = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+    def watch_memory(self) -> Callable[[], dict[str, int]]:
+        """Returns a function that tells MiB of the process now and at most since.
 
-    def forget_peak(self) -> None:
-        Path(f"/proc/{self.pid}/clear_refs").write_text("5", encoding="ascii")
+        It tells nothing where the system does not.
+        """
+        process = Path(f"/proc/{self.pid}")
+        try:
+            (process / "clear_refs").write_text("5", encoding="ascii")  # forgets the peak
+            before = _memory_mib(process, "VmRSS")
+        except OSError:
+            return dict
+        return lambda: {"MiB before": before, "MiB at most": _memory_mib(process, "VmHWM")}
+
+
+def _memory_mib(process: Path, field: str) -> int:
+    lines = (process / "status").read_text(encoding="ascii").splitlines()
+    return round(next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:")) / 1024)
 
 
 def generate_request(text: str, max_tokens: int = 3) -> bytes:
@@ -102,8 +110,7 @@ def percentile(values: list[float], percent: float) -> float:
 
 async def large_at_once(server: Server, method: str, data: bytes, number: int) -> dict[str, Any]:
     """Sends the same large message many times at once, each on a connection of its own."""
-    server.forget_peak()
-    before, started = server.memory_mib(), time.monotonic()
+    memory, started = server.watch_memory(), time.monotonic()
     channels = [server.channel() for _ in range(number)]
     outcomes = await asyncio.gather(*(outcome(channel, method, data) for channel in channels))
     for channel in channels:
@@ -111,8 +118,7 @@ async def large_at_once(server: Server, method: str, data: bytes, number: int) -
     return {
         "codes": dict(Counter(code for code, _ in outcomes)),
         "seconds": round(time.monotonic() - started, 2),
-        "MiB before": round(before),
-        "MiB at most": round(server.memory_mib(peak=True)),
+        **memory(),
     }
 
 
@@ -160,10 +166,10 @@ async def short_behind_long(server: Server, sizes: Sizes) -> dict[str, Any]:
 
 async def overload(server: Server, sizes: Sizes) -> dict[str, Any]:
     """Sends requests at a rate that is far too high."""
-    server.forget_peak()
+    memory = server.watch_memory()
     data, calls = generate_request("abc", 64), list[asyncio.Task[tuple[str, float]]]()
     lags = list[float]()
-    before, started = server.memory_mib(), time.monotonic()
+    started = time.monotonic()
     async with server.channel() as channel:
         while (now := time.monotonic() - started) < sizes.seconds:
             while len(calls) < now * sizes.rate:
@@ -185,8 +191,7 @@ async def overload(server: Server, sizes: Sizes) -> dict[str, Any]:
         "p99": round(1000 * percentile(lags, 99), 1),
         "seconds until the last ended": round(drained, 2),
         "afterwards": f"{code} in {1000 * recovery:.0f} ms",
-        "MiB before": round(before),
-        "MiB at most": round(server.memory_mib(peak=True)),
+        **memory(),
     }
 
 
@@ -258,8 +263,6 @@ def main() -> None:
         "--only", action="append", choices=TRIALS, metavar="TRIAL", help=", ".join(TRIALS)
     )
     options = parser.parse_args()
-    if not os.path.exists("/proc/self/clear_refs"):
-        parser.error("memory is measured by /proc, which this system does not have")
     sizes = SHORT if options.short else Sizes()
     with_server(lambda server: soak(server, sizes, options.only or TRIALS))
 

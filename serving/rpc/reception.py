@@ -74,7 +74,7 @@ def _received(
     decode: Callable[[bytes], Any],
     answer: _Behaviour,
     arrivals: Arrivals,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None],
 ) -> _Behaviour:
     """The behaviour that receives a message and answers it."""
 
@@ -95,6 +95,7 @@ def _received(
 
 def _counted(handler: Any, arrivals: Arrivals) -> Any:
     """The handler of a method whose requests are a stream, such as reflection's, calls counted."""
+    assert handler.response_streaming, "no service has a stream of requests and one answer"
 
     async def count_and_answer(requests: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
@@ -106,8 +107,6 @@ def _counted(handler: Any, arrivals: Arrivals) -> Any:
             status = status_of(error, "receiving")
         await abort(context, status)
 
-    if not handler.response_streaming:
-        raise NotImplementedError("no service has a stream of requests and one answer")
     return grpc.stream_stream_rpc_method_handler(
         count_and_answer,
         request_deserializer=handler.request_deserializer,

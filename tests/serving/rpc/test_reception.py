@@ -54,8 +54,9 @@ class Context:
 def test_a_message_is_let_go_of_before_its_refusal_is_sent(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(message: Any, *_: Any) -> Any:
-        raise ValueError("no")
+    def check(message: Any, *_: Any) -> None:
+        if where == "fields":
+            raise ValueError("no")
 
     async def method(self: Any, request: Any, context: Any) -> None:
         raise RequestRefusedError("no")
@@ -67,17 +68,14 @@ def test_a_message_is_let_go_of_before_its_refusal_is_sent(
         del request
         await work
 
-    allow = lambda message: None  # noqa: E731
-    monkeypatch.setattr(
-        "serving.rpc.service.refuse_unsupported", refuse if where == "fields" else allow
-    )
+    monkeypatch.setattr("serving.rpc.service.refuse_unsupported", check)
     context = Context(b"no message" if where == "decoding" else b"")
 
     async def test() -> None:
         with pytest.raises(grpc.aio.AbortError):
-            await reception._received(context.decode, answer, Arrivals(1, HANG_SECONDS))(
-                None, cast(Any, context)
-            )
+            await reception._received(
+                context.decode, answer, Arrivals(1, HANG_SECONDS), check=lambda: None
+            )(None, cast(Any, context))
 
     run(test())
     assert context.was_held is False
