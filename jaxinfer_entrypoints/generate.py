@@ -38,6 +38,8 @@ from serving.rpc.admission import stop_tokens
 from serving.text.output_text import TextOptions, output_texts
 from serving.text.tokenizer import Tokenizer
 
+MOST_NAMED = 20  # prompts in one line
+
 
 @dataclass
 class Choice:
@@ -69,8 +71,9 @@ class Choice:
 
 @dataclass
 class Answer:
-    """The choices of one prompt as far as they have come."""
+    """The choices of one prompt as far as they have come; ``place``: where it was given."""
 
+    place: str
     generation: Generation
     choices: list[Choice]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
@@ -118,7 +121,7 @@ def generate() -> None:
                 raise ValueError(f"{line.place}: {error}") from error
             request = replace(request, request_id=str(number))
             generation = Generation.of(request, new_text)
-            answers.append(Answer(generation, [Choice() for _ in range(request.n)]))
+            answers.append(Answer(line.place, generation, [Choice() for _ in range(request.n)]))
         return shapes_for(engine, [answer.generation.request for answer in answers])
 
     llm = LLM.load(wanted, phases, pick_shapes)
@@ -177,7 +180,8 @@ def make_request(
 def run(generations: Generations, answers: list[Answer], options: argparse.Namespace) -> None:
     """Steps until all are finished; prints each as soon as all before it are printed.
 
-    A single answer that is not JSON is printed as it comes.
+    A single answer that is not JSON is printed as it comes. Where a step fails, those that are
+    finished are printed all the same, and the others are named.
     """
     is_streaming = len(answers) == options.n == 1 and not options.json
     for answer in answers:
@@ -186,8 +190,13 @@ def run(generations: Generations, answers: list[Answer], options: argparse.Names
     disable = True if options.quiet or is_streaming else None
     with tqdm(total=len(answers), desc="generate", file=sys.stderr, disable=disable) as bar:
         while generations.has_unfinished:
-            # Nothing yet is not the end: the engine may have work in flight.
-            for generation, told in generations.step():
+            try:
+                # Nothing yet is not the end: the engine may have work in flight.
+                news = generations.step()
+            except (Exception, KeyboardInterrupt):
+                print_what_is_there(answers, printed, options)
+                raise
+            for generation, told in news:
                 answers[int(generation.request.request_id)].add(told, time.perf_counter() - added)
                 if is_streaming:
                     print(told.text, end="", flush=True)
@@ -199,6 +208,18 @@ def run(generations: Generations, answers: list[Answer], options: argparse.Names
     assert printed == len(answers), "the engine lost a request"
     if is_streaming:
         print()
+
+
+def print_what_is_there(answers: list[Answer], first: int, options: argparse.Namespace) -> None:
+    """Prints those from ``first`` on that are finished, and on stderr which are not."""
+    lost = list[str]()
+    for answer in answers[first:]:
+        if answer.generation.is_finished:
+            print_result(answer, options)
+        else:
+            lost.append(answer.place)
+    more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+    print(f"not answered: {', '.join(lost[:MOST_NAMED])}{more}", file=sys.stderr)
 
 
 def print_result(answer: Answer, options: argparse.Namespace) -> None:

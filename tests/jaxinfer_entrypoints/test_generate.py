@@ -6,7 +6,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +15,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine import Engine
 from jaxinfer.request import Ending, Request, SamplingParams
 from jaxinfer_entrypoints.generate import shapes_for
+from jaxinfer_entrypoints.generation import Generations
 from jaxinfer_entrypoints.loading.assembly import PickShapes
 from serving.text.tokenizer import Tokenizer
 from tests.jaxinfer_entrypoints.conftest import SIZES, Run
@@ -56,6 +57,34 @@ def test_json_lines_say_everything_in_input_order(run: Run, tmp_path: Path) -> N
         assert line["usage"]["completion_tokens"] == 9
         timings = line["timings"]
         assert 0 < timings["first_token_seconds"] <= timings["total_seconds"]
+
+
+def test_an_answer_is_not_lost_because_a_later_step_fails(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three prompts, two at a time, the first has not ended when the second has."""
+    step, ended = Generations.step, list[str]()
+
+    def fail_behind_an_end(self: Generations) -> Any:
+        if ended:
+            raise ValueError("the device is gone")
+        news = step(self)
+        for generation, _ in news:
+            if generation.request.request_id == "0":
+                generation.running.add(0)
+            elif generation.is_finished:
+                ended.append(generation.request.request_id)
+        return news
+
+    flags = ["--json", "--max-tokens", "5", "--ignore-eos"]
+    prompts = ["abc", "12", "b"]
+    whole = run("generate", *flags, *prompts).lines
+    monkeypatch.setattr(Generations, "step", fail_behind_an_end)
+    result = run("generate", *flags, *prompts)
+    (line,) = result.lines
+    assert line["token_ids"] == whole[1]["token_ids"]
+    assert result.error == "error: the device is gone"
+    assert result.stderr.endswith("not answered: prompt 1, prompt 3\n")
 
 
 def test_a_prompt_alone_equals_the_same_in_a_batch(run: Run) -> None:
