@@ -60,10 +60,6 @@ serve: $(RUNTIME) ## start the server; ARGS are its flags
 
 PYTEST = $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Compiling is most of what tests do: here without what makes programs fast. test-thorough compiles as
-# users do.
-test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0 \
-    --xla_llvm_disable_expensive_passes=true
 test: $(DEVELOPMENT) ## run the tests in minutes, without the thorough ones; ARGS are pytest's
 	@$(PYTEST) -m 'not thorough' $(ARGS)
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = json.loads((ROOT / "tests/data/smollm2_f32.json").read_text())["prompts"]
 NUM_STREAMS = 16
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.thorough("the default model served")]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,6 @@ def prompt_of(stream: int) -> list[int]:
     return ids * (1 + stream // 3)
 
 
-@pytest.mark.thorough("the default model under load")
 def test_concurrent_streams_equal_their_solo_runs(
     server: tuple[subprocess.Popen[str], str],
 ) -> None:

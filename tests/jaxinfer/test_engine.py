@@ -10,6 +10,7 @@ import pytest
 from jaxinfer.engine import Engine, check_parameters
 from jaxinfer.request import FinishReason, Request
 from tests.jaxinfer.tiny import (
+    largest_shape,
     make_engine,
     random_parameters,
     random_request,
@@ -24,6 +25,12 @@ from tests.jaxinfer.tiny import (
 def shared_engine() -> Engine:
     """Compiled once for this file; every test leaves it idle."""
     return make_engine()
+
+
+@functools.cache
+def small_engine() -> Engine:
+    """Has pages for one sequence of the longest."""
+    return make_engine(tiny_config(num_pages=16), pick_shapes=largest_shape)
 
 
 def mixed_requests() -> list[Request]:
@@ -56,7 +63,7 @@ def test_a_batch_equals_solo_runs() -> None:
 
 def test_preemption_does_not_change_outputs() -> None:
     """All requests at once want more than ten times the pages there are."""
-    engine = make_engine(tiny_config(num_pages=16))
+    engine = small_engine()
     again = [dataclasses.replace(r, request_id=f"{r.request_id}+") for r in mixed_requests()]
     requests = mixed_requests() + again
     lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
@@ -69,6 +76,7 @@ def test_preemption_does_not_change_outputs() -> None:
     assert engine.stats.num_cached_pages > 0
 
 
+@pytest.mark.thorough("more sizes of steps")
 def test_chunk_and_step_sizes_do_not_change_outputs() -> None:
     engine = make_engine(tiny_config(max_num_batched_tokens=16, max_num_seqs=3))
     assert run_all(engine, mixed_requests()) == solo_outputs()
@@ -105,7 +113,7 @@ def test_nothing_compiles_after_compile() -> None:
 
 
 def test_time_in_the_queue_is_reported() -> None:
-    engine = make_engine(tiny_config(max_num_seqs=1))
+    engine = make_engine(tiny_config(max_num_seqs=1), pick_shapes=largest_shape)
     for name in "abc":
         engine.add(random_request(name, 10, 3, seed=0))
     waited: dict[str, float | None] = {}
@@ -166,10 +174,8 @@ def test_abort_frees_pages_and_leaves_others_alone() -> None:
 
 
 def test_the_longest_sequence_fits_exactly() -> None:
-    config = tiny_config(num_pages=16)
-    engine = make_engine(config)
     request = random_request("a", 100, 28, seed=3)
-    assert len(run_all(engine, [request])["a"]) == 28
+    assert len(run_all(small_engine(), [request])["a"]) == 28
 
 
 @pytest.mark.parametrize(
@@ -270,6 +276,7 @@ def test_one_program_is_enough() -> None:
     assert run_all(engine, mixed_requests()) == solo_outputs()
 
 
+@pytest.mark.thorough("more sizes of steps")
 def test_no_step_is_larger_than_what_was_compiled() -> None:
     """Two small programs also serve more and longer requests than they hold at once."""
     model = tiny_model()

@@ -13,6 +13,7 @@ from jaxinfer.engine_spec import EngineSpec
 from jaxinfer.sharding import make_mesh, physical_model, physical_parameter
 from tests.conftest import ManyDevices
 from tests.jaxinfer.tiny import CPU_DTYPES, random_request, run_all, tiny_config, tiny_model
+from tests.thorough import thorough_beyond
 
 MODEL = tiny_model(num_attention_heads=14, num_key_value_heads=2, intermediate_size=66)
 
@@ -54,7 +55,10 @@ def outputs_over(
     return outputs
 
 
-@pytest.mark.parametrize(("num_devices", "max_steps_per_call"), [(2, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("num_devices", "max_steps_per_call"),
+    thorough_beyond([(2, 1)], [(2, 1), (4, 4)], "engines over more devices"),
+)
 def test_tokens_equal_those_of_one_device(
     num_devices: int, max_steps_per_call: int, many_devices: ManyDevices
 ) -> None:
@@ -63,6 +67,7 @@ def test_tokens_equal_those_of_one_device(
     assert many_devices(outputs_over, num_devices, max_steps_per_call) == alone
 
 
+@pytest.mark.thorough("engines over more devices")
 def test_with_pages_in_8_bits_too(many_devices: ManyDevices) -> None:
     """Preempted sequences come back to the same pages, their heads on any device."""
     alone = many_devices(outputs_over, 1, 1, "int8")

@@ -25,6 +25,7 @@ def requests() -> list[Request]:
     ]
 
 
+@pytest.mark.thorough("the TPU kernel in the engine")
 def test_engine_gives_the_tokens_of_plain_xla(tokens_of_plain_xla: dict[str, list[int]]) -> None:
     """Chunks of several tiles, decodes beside them, donated state."""
     pltpu.set_tpu_interpret_mode(pltpu.InterpretParams())

@@ -186,7 +186,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "embed", "ffn"),
-    thorough_beyond(SHAPES[1:2], SHAPES, "invariance of larger models"),
+    thorough_beyond([], SHAPES, "invariance of larger models"),
 )
 def test_other_shapes(heads: int, kv_heads: int, head_dim: int, embed: int, ffn: int) -> None:
     """Without grouping, with one kv head, and the layers of larger models."""
@@ -204,13 +204,18 @@ def test_other_shapes(heads: int, kv_heads: int, head_dim: int, embed: int, ffn:
     check_arrangements(other)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic-64", "int4"])
+@pytest.mark.parametrize(
+    "quantization",
+    thorough_beyond([], ["int8", "int8-dynamic-64", "int4"], "invariance of more formats"),
+)
 def test_quantized_matrices(quantization: str) -> None:
     """Sums of integers, and floats that integers stand for; attention stays as it is."""
     check_arrangements(Probe(dtypes=dataclasses.replace(CPU_DTYPES, quantization=quantization)))
 
 
-@pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    "kv_cache", thorough_beyond(["int8"], ["int8", "fp8"], "invariance of more formats")
+)
 def test_quantized_pages(kv_cache: str) -> None:
     """A row's keys and values are rounded by themselves, wherever it stands."""
     check_arrangements(Probe(dtypes=dataclasses.replace(CPU_DTYPES, kv_cache=kv_cache)))

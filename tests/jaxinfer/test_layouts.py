@@ -37,6 +37,7 @@ def test_a_weight_lies_as_matrices_of_embed(monkeypatch: pytest.MonkeyPatch) -> 
         assert order(layer[name]) == tuple(range(layer[name].ndim)), name
 
 
+@pytest.mark.thorough("layouts of weights")
 def test_tokens_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [random_request(f"r{i}", 5 + 9 * i, 10, seed=i) for i in range(3)]
     expected = run_all(make_engine(), requests)

@@ -9,6 +9,7 @@ from jaxinfer.logprobs import NUM_TOP, LogprobColumns, token_logprobs
 from jaxinfer.request import LIMITS
 from jaxinfer.row_log import row_log
 from tests.jaxinfer.sampling_rows import random_logits
+from tests.thorough import thorough_beyond
 
 
 def measure(logits: np.ndarray, token_ids: np.ndarray, is_wanted: bool = True) -> LogprobColumns:
@@ -81,7 +82,9 @@ def test_extreme_logits_stay_defined() -> None:
     assert (got.logprob <= 0).all()
 
 
-@pytest.mark.parametrize("vocab", [96, 301, 49152, 50257, 151936])
+@pytest.mark.parametrize(
+    "vocab", thorough_beyond([301], [96, 301, 49152, 50257, 151936], "large vocabularies")
+)
 def test_bits_do_not_depend_on_the_batch(vocab: int) -> None:
     logits = random_logits(40, vocab)
     token_ids = np.random.RandomState(1).randint(0, vocab, 40)

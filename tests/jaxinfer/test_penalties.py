@@ -16,6 +16,7 @@ from tests.jaxinfer.sampling_rows import (
     random_logits,
     random_rows,
 )
+from tests.thorough import thorough_beyond
 
 VOCAB = 300
 # Where it says True, ``random_rows`` draws another value for each row.
@@ -98,7 +99,7 @@ def test_extreme_penalties_stay_finite(penalty: float) -> None:
     assert np.isfinite(adjust(rows)).all()
 
 
-@pytest.mark.parametrize("vocab", [301, 49152])
+@pytest.mark.parametrize("vocab", thorough_beyond([301], [301, 49152], "large vocabularies"))
 def test_a_row_does_not_depend_on_its_neighbours(vocab: int) -> None:
     rows = random_rows(40, vocab, **FEATURES["all"])
     together = adjust(rows)

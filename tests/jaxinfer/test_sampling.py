@@ -17,6 +17,7 @@ from tests.jaxinfer.sampling_rows import (
     random_rows,
     survivors,
 )
+from tests.thorough import thorough_beyond
 
 VOCAB = 300
 EVERYTHING: dict[str, Any] = {
@@ -170,7 +171,7 @@ def test_noise_is_standard_gumbel_and_uncorrelated() -> None:
         assert abs(correlation) < 0.008, name  # four standard errors
 
 
-@pytest.mark.parametrize("vocab", [301, 49152])
+@pytest.mark.parametrize("vocab", thorough_beyond([301], [301, 49152], "large vocabularies"))
 def test_a_row_does_not_depend_on_its_neighbours(vocab: int) -> None:
     values: dict[str, Any] = EVERYTHING | {"top_k": np.arange(40) * 7}
     rows = random_rows(40, vocab, **values)

@@ -85,16 +85,20 @@ def make_engine(
     return engine
 
 
+def largest_shape(engine: Engine) -> list[BatchShape]:
+    """Returns the one plain shape that has room for every step without drafts."""
+    return [shape for shape in engine.shapes if not shape.num_drafts][-1:]
+
+
 def few_shapes(engine: Engine) -> list[BatchShape]:
     """Returns shapes that have room for every step, and take a third of the time to compile.
 
     They are the largest plain one, and of those with drafts the largest; where calls have several
     steps, the largest without tiles too, which alone has more than one.
     """
-    plain = [shape for shape in engine.shapes if not shape.num_drafts]
     alone = [shape for shape in engine.shapes if shape.num_drafts and not shape.num_tiles]
     several = alone[-1:] if engine.spec.config.max_steps_per_call > 1 else []
-    return [plain[-1], *several, engine.shapes[-1]]
+    return [*largest_shape(engine), *several, engine.shapes[-1]]
 
 
 def random_request(name: str, length: int, max_tokens: int, seed: int, **sampling: Any) -> Request:

@@ -7,6 +7,7 @@ import pytest
 from tests.jaxinfer_entrypoints.conftest import Run
 
 
+@pytest.mark.thorough("benchmarks")
 def test_offline_figures(run: Run) -> None:
     sizes = ["--prompt-len", "70", "--output-len", "6", "--num-prompts", "3", "--json"]
     result = run("bench", "offline", *sizes)

@@ -49,6 +49,7 @@ def test_its_generation_config_is_the_default(run: Run, folder: Path) -> None:
     assert "generation_config" not in plain.stderr
 
 
+@pytest.mark.thorough("more settings of folders")
 def test_rows_without_a_token_are_never_chosen(run: Run, tmp_path: Path) -> None:
     """The embedding has 97 rows; the last one is written where a token has it."""
     write_folder(tmp_path, "qwen3")
@@ -66,6 +67,7 @@ def test_rows_without_a_token_are_never_chosen(run: Run, tmp_path: Path) -> None
     assert {96} == {*biased.lines[0]["choices"][0]["token_ids"]}
 
 
+@pytest.mark.thorough("more settings of folders")
 def test_what_else_a_generation_config_asks_for(run: Run, folder: Path) -> None:
     """Tokens that never come, the least number of them; the rest is named in a line."""
     arguments = ["--json", "--max-tokens", "8", "--ignore-eos", "ab c"]
@@ -83,6 +85,7 @@ def test_what_else_a_generation_config_asks_for(run: Run, folder: Path) -> None:
     assert off.lines[0]["token_ids"] == plain
 
 
+@pytest.mark.thorough("more settings of folders")
 def test_stop_strings_of_a_generation_config(run: Run, folder: Path, convert: "Convert") -> None:
     arguments = ["--json", "--max-tokens", "12", "--ignore-eos", "ab c"]
     text = run("generate", *arguments, model=str(folder)).lines[0]["text"]
@@ -99,6 +102,7 @@ def test_stop_strings_of_a_generation_config(run: Run, folder: Path, convert: "C
     assert other["text"] == text
 
 
+@pytest.mark.thorough("more settings of folders")
 def test_short_texts_of_a_longrope_are_those_of_transformers(run: Run, tmp_path: Path) -> None:
     """The original context is served unless more is asked for, which takes the long factors."""
     folder, prompts = tmp_path / "phi", tmp_path / "prompts.jsonl"
@@ -115,6 +119,7 @@ def test_short_texts_of_a_longrope_are_those_of_transformers(run: Run, tmp_path:
     assert "--max-model-len 129 is more than 128: the long factors" in longer.stderr
 
 
+@pytest.mark.thorough("more settings of folders")
 def test_yarn_is_switched_on_as_cards_say(run: Run, tmp_path: Path) -> None:
     """Beyond the trained context, up to its stretched length."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

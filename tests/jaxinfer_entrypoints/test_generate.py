@@ -1,6 +1,7 @@
 """scripts/generate.py in this process, and once as a program from elsewhere."""
 
 import json
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -96,6 +97,7 @@ def test_a_prompt_alone_equals_the_same_in_a_batch(run: Run) -> None:
     assert len({tuple(tokens) for tokens in alone}) == 3
 
 
+@pytest.mark.thorough("more cases of the kernels")
 def test_another_attention_gives_the_same_tokens(run: Run) -> None:
     flags = ["--json", "--max-tokens", "12", "--ignore-eos", "--seed", "4", "--temperature", "1"]
     plain = run("generate", *flags, "abc").lines[0]
@@ -383,9 +385,13 @@ def test_missing_input_file(run: Run, tmp_path: Path) -> None:
     assert result.error.startswith("error: ")
 
 
-def test_runs_as_a_program_from_anywhere(model_path: Path, tmp_path: Path) -> None:
+def test_runs_as_a_program_from_anywhere(
+    model_path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = str(tmp_path_factory.getbasetemp() / "cache")  # of the other tests of scripts
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--quiet", *SIZES]
     command += ["--model", str(model_path), "--max-tokens", "4", "--json", "abc"]
+    environment = {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -393,7 +399,7 @@ def test_runs_as_a_program_from_anywhere(model_path: Path, tmp_path: Path) -> No
         text=True,
         timeout=HANG_SECONDS,
         check=True,
-        env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)},
+        env={**environment, "PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": cache},
     )
     assert len(json.loads(done.stdout)["token_ids"]) <= 4
     assert done.stderr == ""

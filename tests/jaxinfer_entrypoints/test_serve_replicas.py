@@ -18,6 +18,7 @@ from tests.patience import HANG_SECONDS
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.thorough("whole programs")
 def test_replicas_give_the_same_answers(
     model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -165,17 +165,11 @@ def _tiles(group: list[tuple[int, int, int]], rows: int) -> QueryTiles:
 
 # One of each kind, for runs of minutes: the others are thorough.
 FEW = (
-    "one_decode_first_token",
-    "page_border",
     "ragged_chunk",
-    "chunk_across_blocks",
     "mixed",
-    "padding",
     "verify_mixed",
-    "heads_14_2",
     "head_dim_80",
     "gemma3_two_kv_heads",
-    "window_across_blocks",
     "soft_cap_and_window",
     "page_beyond_block",
 )

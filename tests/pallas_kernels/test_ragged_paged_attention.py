@@ -125,7 +125,10 @@ def test_quantized_pages(name: str, backend: str, dtype: str) -> None:
     assert np.isfinite(outputs).all(), "padding rows must stay finite"
 
 
-@pytest.mark.parametrize("name", ["mixed", "verify_mixed", "window_across_blocks"])
+@pytest.mark.parametrize(
+    "name",
+    thorough_beyond(["mixed"], ["mixed", "verify_mixed", "window_across_blocks"], SUBJECT),
+)
 def test_bfloat16_stays_near_float32(name: str) -> None:
     case = BY_NAME[name]
     inputs = build(case)

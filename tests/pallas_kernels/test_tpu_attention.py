@@ -102,7 +102,12 @@ def test_case(name: str) -> None:
     check(case, inputs, outputs, pages, tolerance=3e-6)
 
 
-@pytest.mark.parametrize("name", ["ragged_chunk", "mixed", "verify_mixed", "chunk_across_blocks"])
+@pytest.mark.parametrize(
+    "name",
+    thorough_beyond(
+        ["mixed"], ["ragged_chunk", "mixed", "verify_mixed", "chunk_across_blocks"], SUBJECT
+    ),
+)
 def test_copies_that_do_not_wait(name: str) -> None:
     """A row fetched too early is read before it is written."""
     case = BY_NAME[name]
@@ -118,8 +123,10 @@ QUANTIZED = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8"])
-@pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", thorough_beyond(["int8"], ["int8", "uint8"], SUBJECT))
+@pytest.mark.parametrize(
+    "case", thorough_beyond(QUANTIZED[:1], QUANTIZED, SUBJECT), ids=lambda case: case.name
+)
 def test_quantized_pages(case: AttentionCase, dtype: str) -> None:
     """The pages are the truth, new rows included: beyond their rounding no error."""
     inputs = build(case)
@@ -166,7 +173,7 @@ def test_bfloat16_stays_near_float32() -> None:
     np.testing.assert_allclose(outputs[rows], wanted[rows], atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("block_tokens", [16, 64, 512])
+@pytest.mark.parametrize("block_tokens", thorough_beyond([], [16, 64, 512], SUBJECT))
 def test_block_sizes_change_rounding_only(block_tokens: int) -> None:
     case = BY_NAME["mixed"]
     inputs = build(case)

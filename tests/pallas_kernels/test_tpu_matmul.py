@@ -47,7 +47,7 @@ def run_kernel(case: Int8Case | GroupedCase, arrays: tuple[Any, ...]) -> np.ndar
         return case.multiply(arrays, "tpu")
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", thorough_beyond(CASES[::3], CASES, SUBJECT), ids=name_of)
 def test_xla_equals_the_definition(case: Int8Case | GroupedCase) -> None:
     arrays = case.draw()
     check(case, arrays, case.multiply(arrays, "xla"))
@@ -68,7 +68,13 @@ def test_kernel_declines_and_xla_runs(case: Int8Case | GroupedCase) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [INT8["groups_of_64"], INT8["axes_merged"], GROUPED["q4_1"]], ids=name_of
+    "case",
+    thorough_beyond(
+        [GROUPED["q4_1"]],
+        [INT8["groups_of_64"], INT8["axes_merged"], GROUPED["q4_1"]],
+        SUBJECT,
+    ),
+    ids=name_of,
 )
 def test_blocks_of_rows_and_an_odd_number_of_outputs(
     case: Int8Case | GroupedCase, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +88,7 @@ def test_blocks_of_rows_and_an_odd_number_of_outputs(
     check(case, arrays, run_kernel(case, arrays))
 
 
-@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("group", thorough_beyond([32], [16, 32, 64, 128], SUBJECT))
 def test_scaled_in_bfloat16(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on TPUs that calculate with it: weights and their scales are rounded to it."""
     monkeypatch.setattr(tpu, "has_bfloat16_arithmetic", lambda: True)

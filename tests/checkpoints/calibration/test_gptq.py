@@ -9,6 +9,7 @@ import pytest
 from checkpoints.calibration.gptq import gptq
 from jaxinfer.weights.rounding import nearest, numbers, steps_of_groups
 from tests.jaxinfer.weights.declared import holder, policy_of
+from tests.thorough import thorough_beyond
 
 RANDOM = np.random.default_rng(0)
 SHAPES = [((64, 5), (0,)), ((96, 2, 3, 8), (0,)), ((2, 3, 32, 20), (0, 1, 2))]
@@ -52,7 +53,9 @@ def as_in_the_paper(weight: Any, values: np.ndarray, rows: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("shape", "inputs"), SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "inputs"), thorough_beyond(SHAPES[:1], SHAPES, "calibration of more shapes")
+)
 def test_numbers_are_those_of_the_equations(
     shape: tuple[int, ...], inputs: tuple[int, ...], name: str
 ) -> None:

@@ -34,6 +34,7 @@ from tests.checkpoints.stored import assert_same, parameters_of, policy
 from tests.conftest import ManyDevices
 from tests.jaxinfer.models.random_checkpoint import RandomCheckpoint
 from tests.jaxinfer.tiny import CPU_DTYPES, run_all, tiny_config
+from tests.thorough import thorough_beyond
 
 FORMATS = {
     "awq": GroupedFormat(4, 32, "float32", "float16"),
@@ -71,8 +72,14 @@ def assert_tensors(folder: Path, case: str, matrices: dict[str, Matrix]) -> Hugg
     return checkpoint
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    thorough_beyond(
+        [(FAMILIES[number % len(FAMILIES)], kind) for number, kind in enumerate(KINDS)],
+        [(case, kind) for case in FAMILIES for kind in KINDS],
+        "packed integers of more families",
+    ),
+)
 def test_parameters_stand_for_what_was_packed(tmp_path: Path, case: str, kind: str) -> None:
     checkpoint = assert_tensors(tmp_path, case, write_packed(tmp_path, case, KINDS[kind]))
     dtypes = policy(checkpoint)
@@ -117,6 +124,7 @@ def tokens_of(path: Path, num_devices: int, stored: bool) -> list[int]:
     return run_all(engine, [Request("a", (3, 5, 7, 4), 24, ignore_eos=True)])["a"]
 
 
+@pytest.mark.thorough("packed integers of more families")
 def test_tokens_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     write_packed(tmp_path, "mistral_window_20", AWQ)
     plain = tokens_of(tmp_path, 1, stored=False)
@@ -124,12 +132,14 @@ def test_tokens_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     assert tokens_of(tmp_path, 1, stored=True) == plain
 
 
+@pytest.mark.thorough("stored integers over devices")
 def test_tokens_on_eight_devices(tmp_path: Path, many_devices: ManyDevices) -> None:
     """Heads are repeated here, ends padded, and scales are the outputs' own."""
     write_packed(tmp_path, "qwen3_moe", KINDS["int8"])
     assert many_devices(tokens_of, tmp_path, 8, True) == tokens_of(tmp_path, 1, stored=False)
 
 
+@pytest.mark.thorough("stored integers over devices")
 def test_scales_of_divided_inputs(tmp_path: Path, many_devices: ManyDevices) -> None:
     """A dense MLP's inputs are divided in whole groups: scales are not padded beyond theirs."""
     write_packed(tmp_path, "mistral_window_20", KINDS["int8 in groups"])

@@ -69,7 +69,7 @@ def tokens_of(case: str, quantization: str, num_devices: int) -> list[int]:
 @pytest.mark.parametrize(
     ("case", "quantization"),
     thorough_beyond(
-        [("qwen2", "int8"), ("qwen2", "int4"), ("qwen3_moe", "int4-symmetric")],
+        [("qwen2", "int8")],
         [(case, "int8") for case in ONE_OF_EACH]
         + [("qwen2", "int4"), ("qwen3_moe", "int4-symmetric"), ("gemma3", "int4-64")],
         SUBJECT,
@@ -93,7 +93,7 @@ def test_logits_are_those_of_the_dequantized_matrices(case: str, quantization: s
 @pytest.mark.parametrize(
     ("case", "quantization"),
     thorough_beyond(
-        [("qwen3_moe", "int4")],
+        [],
         [("qwen2", "int8-dynamic"), ("qwen3_moe", "int8"), ("qwen3_moe", "int4")],
         SUBJECT,
     ),

@@ -64,7 +64,7 @@ def drafting(**changes: Any) -> Engine:
 @pytest.mark.parametrize(
     "changes",
     thorough_beyond(
-        [{}, {"adapt_drafts": True}],
+        [{}],
         [{}, {"max_steps_per_call": 4, "steps_ahead": 2}, {"adapt_drafts": True}],
         "more ways to draft",
     ),
@@ -82,7 +82,9 @@ def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(
     assert engine.stats.num_free_pages == engine.stats.num_pages
 
 
-@pytest.mark.parametrize("verify", ["exact", "rejection"])
+@pytest.mark.parametrize(
+    "verify", thorough_beyond(["exact"], ["exact", "rejection"], "more ways to draft")
+)
 def test_right_drafts_are_accepted(drafter: str, verify: str) -> None:
     """A bias makes the model say the same token for ever."""
     engine = drafting(draft=drafter, verify=verify)

@@ -137,16 +137,18 @@ def engine_of(draft: str) -> Engine:
     return rejecting(draft="model", num_draft_layers=0, max_steps_per_call=2)
 
 
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_k": 4},
+    {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.3},
+    {"temperature": 1.3, "min_p": 0.2, "logit_bias": ((5, 3.0), (9, 3.5))},
+]
+
+
 @pytest.mark.parametrize(
     "draft", thorough_beyond(["layers"], ["layers", "model"], "more ways to draft")
 )
 @pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 1.0, "top_k": 4},
-        {"temperature": 0.7, "top_p": 0.7, "repetition_penalty": 1.3},
-        {"temperature": 1.3, "min_p": 0.2, "logit_bias": ((5, 3.0), (9, 3.5))},
-    ],
+    "sampling", thorough_beyond(SAMPLINGS[:1], SAMPLINGS, "more ways to draft")
 )
 def test_a_models_texts_are_distributed_as_without_drafts(
     draft: str, sampling: dict[str, Any]

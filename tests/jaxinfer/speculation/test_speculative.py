@@ -21,6 +21,7 @@ from tests.jaxinfer.tiny import (
     run_all,
     tiny_config,
 )
+from tests.thorough import thorough_beyond
 
 
 def lookup(known: list[int], num_drafts: int, max_len: int = 24) -> list[int]:
@@ -103,6 +104,7 @@ def repeating(name: str, seed: int, max_tokens: int = 40, **changes: Any) -> Req
     return dataclasses.replace(request, prompt_token_ids=request.prompt_token_ids * 4, **changes)
 
 
+@pytest.mark.thorough("more ways to draft")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,6 +128,7 @@ def test_tokens_do_not_depend_on_the_batch() -> None:
         assert run_all(engine, [request])[request.request_id] == solo_outputs()[request.request_id]
 
 
+@pytest.mark.thorough("more ways to draft")
 def test_preemption_and_the_prefix_cache_change_nothing() -> None:
     engine = shared_drafting(num_pages=16, **MANY)
     assert run_all(engine, mixed_requests()) == solo_outputs()
@@ -197,18 +200,22 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
     assert max(len(output.token_ids) for output in outputs) == 4
 
 
-def test_an_end_within_the_drafts_is_the_end() -> None:
+@pytest.mark.parametrize(
+    "changes", thorough_beyond([{}], [{}, {"num_pages": 16, **MANY}], "more ways to draft")
+)
+def test_an_end_within_the_drafts_is_the_end(changes: dict[str, Any]) -> None:
     request = repeating("a", 1)
     sampling = dataclasses.replace(request.sampling, logit_bias=((3, 100.0),))
     stopping = dataclasses.replace(
         request, sampling=sampling, stop_token_ids=(3,), min_tokens=17, max_tokens=40
     )
     plain = run_all(shared_engine(), [stopping])["a"]
-    for engine in (shared_drafting(), shared_drafting(**MANY)):
-        assert run_all(engine, [stopping])["a"] == plain
-        assert engine.stats.num_free_pages == engine.stats.num_pages
+    engine = shared_drafting(**changes)
+    assert run_all(engine, [stopping])["a"] == plain
+    assert engine.stats.num_free_pages == engine.stats.num_pages
 
 
+@pytest.mark.thorough("more ways to draft")
 def test_the_longest_sequence_fits_exactly() -> None:
     engine = shared_drafting(num_pages=16, **MANY)
     request = random_request("a", 100, 28, seed=3)

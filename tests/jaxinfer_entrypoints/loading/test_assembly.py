@@ -109,6 +109,7 @@ def test_replicas_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 * four <= alone <= 50 << 20
 
 
+@pytest.mark.thorough("layouts of weights")
 def test_weights_laid_out_as_on_a_tpu_are_the_same_model(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
