@@ -83,6 +83,13 @@ def test_chats(opened: Any, name: str) -> None:
     assert (spec.tokens[first] if first in spec.control_token_ids else "") == data["begins_with"]
 
 
+def test_calls_that_a_template_leaves_out(opened: Any) -> None:
+    checkpoint, _ = opened("smollm2-1.7b-instruct")
+    messages = CHECKPOINTS["deepseek-r1-distill-qwen-1.5b"]["chats"][-1]["messages"]
+    with pytest.raises(ValueError, match="the chat template leaves out an assistant's calls"):
+        Tokenizer(checkpoint.tokenizer).render_chat(messages)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_parameter_is_loaded(opened: Any, name: str) -> None:
     checkpoint, _ = opened(name)
