@@ -29,7 +29,7 @@ from jaxinfer.models import declared_parameters, family
 from jaxinfer.request import Ending, SamplingParams
 from jaxinfer.weights import Format, Integers
 
-_SAMPLING = "general.sampling."
+_SAMPLING = ("general.sampling.", "tokenizer.ggml.suppress_tokens")
 
 
 class GGUFCheckpoint:

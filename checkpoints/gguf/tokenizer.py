@@ -31,6 +31,15 @@ _TEMPLATE_TOKENS = {
     "sep": "seperator",
     "mask": "mask",
 }
+# What ends a text or a turn, whatever the keys of a file say: converters name one end, which is not
+# always the one that the chat template writes (Gemma 3, Phi-4-mini), and llama.cpp knows the others
+# by their text. Not its "</s>", which is HTML in Gemma's vocabulary, and not what lies between
+# Qwen's files: transformers does not end there.
+_ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+    *("<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek's
+)
 # Of Phi-3's control tokens, those that keep the white space behind them.
 _PHI_3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -55,12 +64,15 @@ def read_tokenizer(metadata: _Metadata, vocab_size: int) -> TokenizerSpec | Sent
     types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), default=1)
     special = np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED) | (types == _UNUSED))
     check_token_rows(len(tokens), vocab_size, special.tolist())
+    # Older files have ends among what is text otherwise.
+    is_end = np.isin(np.arange(len(tokens)), ends := _known_ends(tokens, types))
+    control = (types == _CONTROL) | is_end
     common: dict[str, Any] = {
         "tokens": tokens,
-        "control_token_ids": tuple(np.flatnonzero(types == _CONTROL).tolist()),
-        "added_token_ids": tuple(np.flatnonzero(types == _USER_DEFINED).tolist()),
+        "control_token_ids": tuple(np.flatnonzero(control).tolist()),
+        "added_token_ids": tuple(np.flatnonzero((types == _USER_DEFINED) & ~control).tolist()),
         "bos_token_id": _token_id(metadata, "bos", len(tokens)),
-        "eos_token_ids": _end_ids(metadata, len(tokens), vocab_size),
+        "eos_token_ids": _end_ids(metadata, ends, len(tokens), vocab_size),
     }
     for field, key in _TEMPLATES.items():
         if key in metadata:
@@ -97,9 +109,17 @@ def _template_tokens(metadata: _Metadata, tokens: tuple[str, ...]) -> Iterator[t
             yield f"{name}_token", tokens[token_id]
 
 
-def _end_ids(metadata: _Metadata, num_tokens: int, num_rows: int) -> tuple[int, ...]:
+def _known_ends(tokens: tuple[str, ...], types: np.ndarray) -> list[int]:
+    """Ids of ``_ENDS`` that are no ordinary tokens."""
+    ids = (tokens.index(end) for end in _ENDS if end in tokens)
+    return sorted(one for one in ids if types[one] in (_CONTROL, _USER_DEFINED))
+
+
+def _end_ids(
+    metadata: _Metadata, known: list[int], num_tokens: int, num_rows: int
+) -> tuple[int, ...]:
     """End of text, of turn, of message; the model never writes one without a row."""
-    ids = (_token_id(metadata, end, num_tokens) for end in ("eos", "eot", "eom"))
+    ids = [*(_token_id(metadata, end, num_tokens) for end in ("eos", "eot", "eom")), *known]
     return tuple(dict.fromkeys(one for one in ids if one is not None and one < num_rows))
 
 

@@ -264,16 +264,16 @@ def rope_scaling(rope: Fields, fields: Fields) -> RopeScaling | None:
         case "yarn":
             rope.expect("truncate", True)
             factor = rope.number("factor")
-            grown = _yarn_attention_factor(rope, factor)
+            # A factor on top of the rule's own, as vLLM and llama.cpp have it; transformers does
+            # not look at it. DeepSeek-R1-0528-Qwen3-8B takes the rule's back with it.
+            grown = _yarn_attention_factor(rope, factor) * rope.number("attn_factor", 1.0)
             return RopeScaling(
                 "yarn",
                 factor=factor,
                 original_max_position_embeddings=original,
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
-                attention_factor=rope.number(
-                    "attention_factor", _yarn_attention_factor(rope, factor)
-                ),
+                attention_factor=rope.number("attention_factor", grown),
             )
         case "longrope" | "su":  # what it was called at first
             factor = max(1.0, rope.number("factor", context / original))

@@ -80,14 +80,13 @@ class ChatTemplate:
             "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
         }
-        try:
-            with self._environment.one_rendering():
-                text = self._template.render(variables)
-        # The template is foreign code: whatever goes wrong in it is the input's fault.
-        except Exception as error:
-            raise ValueError(
-                f"the chat template failed on these messages: {_one_line(error)}"
-            ) from error
+        if any(map(_only_calls, messages)) and not self._shows_calls(variables):
+            # DeepSeek's look for calls only where there is no content; here that is "".
+            without = [{**m, "content": None} if _only_calls(m) else dict(m) for m in messages]
+            variables["messages"] = without
+            if not self._shows_calls(variables):
+                raise ValueError("the chat template leaves out an assistant's calls of tools")
+        text = self._rendered(variables)
         for message in messages:
             if message["role"] not in self._roles and message["role"] not in text:
                 raise ValueError(
@@ -95,6 +94,27 @@ class ChatTemplate:
                     f"got {message['role']!r:.40}"
                 )
         return text
+
+    def _rendered(self, variables: Mapping[str, Any]) -> str:
+        try:
+            with self._environment.one_rendering():
+                return self._template.render(variables)
+        # The template is foreign code: whatever goes wrong in it is the input's fault.
+        except Exception as error:
+            raise ValueError(
+                f"the chat template failed on these messages: {_one_line(error)}"
+            ) from error
+
+    def _shows_calls(self, variables: Mapping[str, Any]) -> bool:
+        """Tells if functions of calls, under a name that is nowhere else, come in the text."""
+        mark = secrets.token_hex(16)
+        renamed = [_renamed(message, mark) for message in variables["messages"]]
+        if renamed == variables["messages"]:
+            return True  # of another form, which the template may know
+        try:
+            return mark in self._rendered({**variables, "messages": renamed})
+        except ValueError:
+            return False
 
     def render_open(
         self,
@@ -129,6 +149,23 @@ def _check(message: Mapping[str, Any]) -> None:
             raise ValueError(f"every message needs a {key} that is a string")
     if not isinstance(message.get("name", ""), str):
         raise ValueError("the name of a message must be a string")
+
+
+def _only_calls(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) and not message["content"]
+
+
+def _renamed(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The message with calls of a function called ``name``; others are left alone."""
+    if not _only_calls(message):
+        return dict(message)
+    calls = [
+        {**call, "function": {**call["function"], "name": name}}
+        if isinstance(call.get("function"), Mapping)
+        else call
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _one_line(error: BaseException) -> str:

@@ -86,6 +86,19 @@ def test_every_end_of_text_token_counts(tmp_path: Path) -> None:
     assert open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer.eos_token_ids == (0,)
 
 
+def test_an_end_of_turn_that_no_key_names(tmp_path: Path) -> None:
+    """Gemma 3's files say <eos>, their template <end_of_turn>; some have it as ordinary text."""
+    tokens = ["<eos>", "<|start|>", "</s>", *"abc12", "<end_of_turn>", "<|eot_id|>", "Ġ", "<EOT>"]
+    keys = {
+        "tokenizer__ggml__tokens": (ARRAY, (STRING, tokens)),
+        "tokenizer__ggml__token_type": (ARRAY, (INT32, [3, 3, 4] + [1] * 5 + [3, 4, 1, 1])),
+        "tokenizer__ggml__merges": (ARRAY, (STRING, [])),
+    }
+    spec = open_bytes(tmp_path, llama_bytes(F32, **keys)).tokenizer
+    assert spec.eos_token_ids == (0, 8, 9)
+    assert (spec.control_token_ids, spec.added_token_ids) == ((0, 1, 8, 9), (2,))
+
+
 def test_templates_and_what_they_call_tokens(tmp_path: Path) -> None:
     keys = {
         "tokenizer__chat_template__tool_use": (STRING, "{{ tools }}"),
@@ -232,5 +245,5 @@ def test_the_default_model() -> None:
     model = checkpoint.model
     assert (model.vocab_size, model.num_hidden_layers, model.head_dim) == (49152, 30, 64)
     assert model.tie_word_embeddings
-    assert checkpoint.tokenizer.eos_token_ids == (2,)
+    assert checkpoint.tokenizer.eos_token_ids == (2, 0)
     assert checkpoint.tensor("layers.29.down").shape == (576, 1536)

@@ -110,6 +110,18 @@ def test_a_context_that_is_stretched_already() -> None:
     assert linear.max_position_embeddings == 512
 
 
+def test_a_factor_on_top_of_yarns_own() -> None:
+    """As DeepSeek-R1-0528-Qwen3-8B has it: it takes back what yarn does to scores."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"attn_factor": 0.8782488562869419}
+    scaling = read("qwen3", "rope_parameters", rope_scaling=rope).rope_scaling
+    assert scaling is not None
+    assert scaling.attention_factor == pytest.approx(1.0, rel=1e-9)
+    whole = read("qwen3", "rope_parameters", rope_scaling={**rope, "attention_factor": 1.5})
+    assert whole.rope_scaling is not None
+    assert whole.rope_scaling.attention_factor == 1.5
+
+
 def test_a_factor_of_longrope_goes_before_the_ratio_of_contexts() -> None:
     plain = read("phi3", rope_parameters=LONG).rope_scaling
     given = read("phi3", rope_parameters={**LONG, "factor": 3.0}).rope_scaling
