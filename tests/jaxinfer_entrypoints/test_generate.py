@@ -63,7 +63,7 @@ def test_json_lines_say_everything_in_input_order(run: Run, tmp_path: Path) -> N
 def test_an_answer_is_not_lost_because_a_later_step_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three prompts, two at a time, the first has not ended when the second has."""
+    """Ends the second of three prompts, two at a time, before the first."""
     step, ended = Generations.step, list[str]()
 
     def fail_behind_an_end(self: Generations) -> Any:
