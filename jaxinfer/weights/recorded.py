@@ -5,10 +5,22 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.row_blocks import padded_rows, with_no_rows_left_over
+
 
 def float_product(inputs: jax.Array, matrix: jax.Array) -> jax.Array:
     """[T, I...] times [I..., O...]: [T, O...] float32."""
+    if padded_rows(inputs.shape[0]) == inputs.shape[0]:
+        return _product(inputs, matrix)
+    return jax.lax.platform_dependent(inputs, matrix, cpu=_product_on_cpu, default=_product)
+
+
+def _product(inputs: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.tensordot(inputs, matrix, inputs.ndim - 1, preferred_element_type=jnp.float32)
+
+
+def _product_on_cpu(inputs: jax.Array, matrix: jax.Array) -> jax.Array:
+    return with_no_rows_left_over(lambda rows: _product(rows, matrix), inputs)
 
 
 @dataclass(frozen=True)

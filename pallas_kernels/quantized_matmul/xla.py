@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul.reference import dequantized, float8_rows
+from pallas_kernels.row_blocks import with_no_rows_left_over
 
 # It runs anywhere.
 PLATFORMS: frozenset[str] | None = None
@@ -72,10 +73,8 @@ def _grouped_on_cpu(
     # After the rows are there, or all matrices of a step are made at once, in fresh memory.
     arrays = jax.lax.optimization_barrier((inputs, values, scales, minimums))
     inputs, values, scales, minimums = arrays
-    if inputs.shape[0] > 1:
-        return _grouped(inputs, values, scales, minimums)
-    # XLA:CPU makes the matrix anew within a product of one row, four times slower.
-    return _grouped(jnp.concatenate([inputs, inputs]), values, scales, minimums)[:1]
+    # Besides, XLA:CPU makes the matrix anew within a product of one row, four times slower.
+    return with_no_rows_left_over(lambda rows: _grouped(rows, values, scales, minimums), inputs)
 
 
 def float8_matmul(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:

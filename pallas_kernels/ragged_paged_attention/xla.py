@@ -1,7 +1,8 @@
 """Blocked attention in plain XLA: query tiles against KV blocks with a running softmax.
 
-Runs anywhere. Four rules make a row's bits independent of its neighbours on XLA:CPU; two of them
-are kept here (the other two, at least 8 rows and a compiler option, by the step):
+Runs anywhere. Five rules make a row's bits independent of its neighbours on XLA:CPU; three of them
+are kept here (the other two, at least 8 rows and a compiler option, by the step): no rows of a
+product are left over, see row_blocks.py;
 KV blocks have a fixed number of tokens and a dynamic trip count, so a row meets the same blocks
 whatever else is in the batch; and the softmax denominator is a tree of additions, since a
 reduction is vectorized differently for different row counts, and so is a product with ones.
@@ -25,6 +26,7 @@ from pallas_kernels.ragged_paged_attention.tiles import (
     RaggedBatch,
     check_kv_pages,
 )
+from pallas_kernels.row_blocks import padded_rows
 
 # It runs anywhere.
 PLATFORMS: frozenset[str] | None = None
@@ -172,6 +174,10 @@ def _attend(
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(num_tiles, num_kv_heads, -1, head_dim)
     grouped = grouped * jnp.asarray(scale, grouped.dtype)
     query_positions = jnp.tile(tiles.positions(), (1, group))  # [N, group * rows]
+    num_rows = group * tiles.rows
+    padding = padded_rows(num_rows) - num_rows
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)))
 
     pages_per_block = max(1, KV_BLOCK_TOKENS // page_size)
     block_tokens = pages_per_block * page_size
@@ -252,6 +258,7 @@ def _attend(
     outputs = jax.lax.fori_loop(
         0, num_real, attend_tile, jnp.zeros((num_tiles, *row_shape, head_dim), jnp.float32)
     )
+    outputs = outputs[:, :, :num_rows]
     outputs = outputs.reshape(num_tiles, num_kv_heads, group, tiles.rows, head_dim)
     return outputs.transpose(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)
 
