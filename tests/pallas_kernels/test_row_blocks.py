@@ -22,7 +22,7 @@ def test_how_many_rows(num_rows: int, padded: int) -> None:
 
 
 def test_nothing_is_left_over() -> None:
-    """Of a part of 48 or of two halves of what is left: in blocks of 6, or of 6 and one of 4."""
+    """Looks at a part of 48, or two halves of the rest: blocks of 6, or of 6 and one of 4."""
     for num_rows in range(1, 600):
         padded = padded_rows(num_rows)
         assert num_rows <= padded <= num_rows + 11
