@@ -28,6 +28,12 @@ def shared_engine() -> Engine:
 
 
 @functools.cache
+def plain_engine() -> Engine:
+    """Has one program, and is for tests of other files."""
+    return make_engine(pick_shapes=largest_shape)
+
+
+@functools.cache
 def small_engine() -> Engine:
     """Has pages for one sequence of the longest."""
     return make_engine(tiny_config(num_pages=16), pick_shapes=largest_shape)
@@ -51,7 +57,7 @@ def mixed_requests() -> list[Request]:
 def solo_outputs() -> dict[str, list[int]]:
     """Every request on its own."""
     return {
-        request.request_id: run_all(shared_engine(), [request])[request.request_id]
+        request.request_id: run_all(plain_engine(), [request])[request.request_id]
         for request in mixed_requests()
     }
 

@@ -27,6 +27,7 @@ from jaxinfer.sharding import (
 from pallas_kernels.ragged_paged_attention import QueryTiles, RaggedBatch
 from tests.conftest import ManyDevices
 from tests.jaxinfer.tiny import CPU_DTYPES, random_parameters, tiny_model
+from tests.thorough import thorough_beyond
 
 SLOTS, PAGES, PAGE_SIZE, TILE = 8, 512, 16, 16
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -182,10 +183,20 @@ def compile_program(changes: dict[str, Any], num_devices: int, shape: tuple[int,
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 0), (8, 2)], ids=["decodes", "mixed"])
+TWO_SUMS: list[tuple[dict[str, Any], int]] = [
+    (EIGHT_HEADS, 4),
+    (DEFAULT_LAYERS | {"tie_word_embeddings": True}, 3),
+]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param((8, 0), marks=pytest.mark.thorough("engines over more devices")), (8, 2)],
+    ids=["decodes", "mixed"],
+)
 @pytest.mark.parametrize(
     ("changes", "num_devices"),
-    [(EIGHT_HEADS, 4), (DEFAULT_LAYERS | {"tie_word_embeddings": True}, 3)],
+    thorough_beyond([TWO_SUMS[0]], TWO_SUMS, "engines over more devices"),
     ids=["embedding of its own", "tied"],
 )
 def test_two_sums_a_layer_and_pages_in_place(
@@ -248,14 +259,17 @@ def generate(changes: dict[str, Any], num_devices: int, forced: Trace | None = N
     return Trace(np.concatenate(prompts), np.stack(logits), tokens)
 
 
+DIVIDED: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+    (DEFAULT_LAYERS, (3,)),
+    (EIGHT_HEADS | {"num_hidden_layers": 1}, (2, 4, 8)),
+    (TWO_HEADS, (4,)),
+    (ONE_HEAD, (8,)),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "num_devices"),
-    [
-        (DEFAULT_LAYERS, (3,)),
-        (EIGHT_HEADS | {"num_hidden_layers": 1}, (2, 4, 8)),
-        (TWO_HEADS, (4,)),
-        (ONE_HEAD, (8,)),
-    ],
+    thorough_beyond([DIVIDED[2]], DIVIDED, "engines over more devices"),
     ids=["default layers", "split", "replicated and padded", "copies of padding, tied"],
 )
 def test_outputs_equal_those_of_one_device(

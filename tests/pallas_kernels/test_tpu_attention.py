@@ -283,7 +283,9 @@ def attend_on_two_devices(name: str) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.asarray(outputs), [np.asarray(array) for array in jax.tree.leaves(pages)]
 
 
-@pytest.mark.parametrize("name", ["heads_12_2", "wide_heads_4_2"])
+@pytest.mark.parametrize(
+    "name", thorough_beyond(["wide_heads_4_2"], ["heads_12_2", "wide_heads_4_2"], SUBJECT)
+)
 def test_tensor_parallel_halves(name: str, many_devices: ManyDevices) -> None:
     outputs, (pages,) = many_devices(attend_on_two_devices, name)
     case = BY_NAME[name]

@@ -27,8 +27,9 @@ from jaxinfer.sharding import make_mesh
 from tests.checkpoints.gguf.tiny_gguf import Q4_1, llama_bytes
 from tests.conftest import ManyDevices
 from tests.jaxinfer.models.random_checkpoint import CASES, RandomCheckpoint
-from tests.jaxinfer.models.test_families import ONE_OF_EACH
+from tests.jaxinfer.models.test_families import ONE_OF_EACH, SUBJECT
 from tests.serving.text.test_tokenizer_reference import KINDS, spec_of
+from tests.thorough import thorough_beyond
 
 TOKENIZER = TokenizerSpec(tokens=("a", "b"), merges=(), pre_tokenizer="gpt-2", eos_token_ids=(1,))
 ENDING = Ending(stop=("\n\n",), min_tokens=2)
@@ -59,7 +60,7 @@ def loaded_over(num_devices: int, case: str, folder: Path | None) -> dict[Any, n
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(loaded)}
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH)
+@pytest.mark.parametrize("case", thorough_beyond(["gemma3"], ONE_OF_EACH, SUBJECT))
 def test_every_family_on_one_device_and_on_eight(
     tmp_path: Path, many_devices: ManyDevices, case: str
 ) -> None:

@@ -15,7 +15,7 @@ from jaxinfer.schedule import Schedule
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.speculation.draft_policy import DraftPolicy
 from tests.jaxinfer.fake_device import TIGHT, FakeDevice, make_request, solo
-from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
+from tests.jaxinfer.test_engine import mixed_requests, plain_engine, solo_outputs
 from tests.jaxinfer.tiny import (
     CPU_DTYPES,
     few_shapes,
@@ -115,7 +115,7 @@ def test_what_it_has_not_read_is_caught_up(
     """In some calls nobody drafts; pages that only the target has computed are found again."""
     engine = itself(prefix_cache=prefix_cache, max_num_batched_tokens=32)
     request = random_request("a", 90, 38, seed=5)
-    plain = run_all(shared_engine(), [request])["a"]
+    plain = run_all(plain_engine(), [request])["a"]
     for name, number in (("a", 7), ("b", 30), ("c", 3), ("d", 1)):
         every(monkeypatch, number)
         outputs, drafted, accepted = counted(
@@ -192,7 +192,7 @@ def test_all_that_changes_logits_changes_drafts_too() -> None:
         sampling = SamplingParams(seed=number, **fields)
         requests.append(dataclasses.replace(request, sampling=sampling, min_tokens=9))
     outputs, drafted, accepted = counted(shared_itself(), requests)
-    assert outputs == run_all(shared_engine(), requests)
+    assert outputs == run_all(plain_engine(), requests)
     assert drafted == accepted > 0
 
 
@@ -252,7 +252,7 @@ def test_right_drafts_are_calls_saved() -> None:
     engine = shared_itself()
     before = dict(engine.host_seconds)
     request = random_request("a", 20, 33, seed=1)
-    assert run_all(engine, [request])["a"] == run_all(shared_engine(), [request])["a"]
+    assert run_all(engine, [request])["a"] == run_all(plain_engine(), [request])["a"]
     sent = engine.host_seconds["sent"] - before.get("sent", 0)
     assert sent <= 3 + 32 // 4  # the prompt, then four tokens a call; one may be in flight in vain
 
@@ -276,7 +276,7 @@ def test_a_step_with_a_draft_model_is_one_program() -> None:
 def test_a_sequence_has_as_many_drafts_as_were_right() -> None:
     """A good drafter is asked for all, a bad one for few and then seldom."""
     request = random_request("a", 20, 100, seed=1)
-    plain = run_all(shared_engine(), [request])["a"]
+    plain = run_all(plain_engine(), [request])["a"]
     drafted = {}
     for name, make in (("good", itself), ("bad", smaller)):
         engine = make(adapt_drafts=True)

@@ -13,7 +13,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.request import FinishReason, Request, SamplingParams
 from jaxinfer.speculation.acceptance import num_accepted
 from jaxinfer.speculation.ngram import propose_ngrams
-from tests.jaxinfer.test_engine import mixed_requests, shared_engine, solo_outputs
+from tests.jaxinfer.test_engine import mixed_requests, plain_engine, solo_outputs
 from tests.jaxinfer.tiny import (
     few_shapes,
     make_engine,
@@ -175,7 +175,7 @@ def test_all_that_changes_logits_counts_drafts_too() -> None:
         return found
 
     engine = shared_drafting()
-    assert outputs(engine) == outputs(shared_engine())
+    assert outputs(engine) == outputs(plain_engine())
     assert 0 < engine.stats.num_accepted_tokens < engine.stats.num_drafted_tokens
 
 
@@ -209,7 +209,7 @@ def test_an_end_within_the_drafts_is_the_end(changes: dict[str, Any]) -> None:
     stopping = dataclasses.replace(
         request, sampling=sampling, stop_token_ids=(3,), min_tokens=17, max_tokens=40
     )
-    plain = run_all(shared_engine(), [stopping])["a"]
+    plain = run_all(plain_engine(), [stopping])["a"]
     engine = shared_drafting(**changes)
     assert run_all(engine, [stopping])["a"] == plain
     assert engine.stats.num_free_pages == engine.stats.num_pages
@@ -219,7 +219,7 @@ def test_an_end_within_the_drafts_is_the_end(changes: dict[str, Any]) -> None:
 def test_the_longest_sequence_fits_exactly() -> None:
     engine = shared_drafting(num_pages=16, **MANY)
     request = random_request("a", 100, 28, seed=3)
-    assert run_all(engine, [request])["a"] == run_all(shared_engine(), [request])["a"]
+    assert run_all(engine, [request])["a"] == run_all(plain_engine(), [request])["a"]
 
 
 def test_a_step_with_drafts_is_one_program_and_compiled_before() -> None:
