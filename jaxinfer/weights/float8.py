@@ -55,7 +55,7 @@ class Float8Weight(OutputScaledWeight):
         """``values`` and ``scales`` of a matrix, numpy's for numpy's."""
         numpy: Any = np if isinstance(matrix, np.ndarray) else jnp
         ordered = self.outputs_first(matrix).astype(numpy.float32)
-        scales = numpy.max(numpy.abs(ordered), axis=-1) / _LARGEST
+        scales = numpy.max(numpy.abs(ordered), axis=-1) * np.float32(1 / _LARGEST)  # see int8.py
         steps = numpy.where(scales == 0, 1, scales)[..., None]
         return {"values": (ordered / steps).astype(ml_dtypes.float8_e4m3fn), "scales": scales}
 

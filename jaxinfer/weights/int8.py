@@ -63,7 +63,8 @@ class Int8Weight(OutputScaledWeight):
         """``values`` and ``scales`` of a matrix, numpy's for numpy's."""
         numpy: Any = np if isinstance(matrix, np.ndarray) else jnp
         ordered = self.outputs_first(matrix).astype(numpy.float32)
-        scales = numpy.max(numpy.abs(ordered), axis=-1) / np.float32(127)
+        # Not divided by 127: XLA would do this instead, and numpy's would have other last bits.
+        scales = numpy.max(numpy.abs(ordered), axis=-1) * np.float32(1 / 127)
         steps = numpy.where(scales == 0, 1, scales)[..., None]
         return {"values": numpy.round(ordered / steps).astype(numpy.int8), "scales": scales}
 

@@ -102,7 +102,9 @@ def _with_8_bit_groups(
     inputs, values = jax.lax.optimization_barrier((inputs, values))  # see _grouped_on_cpu
     group_scales, integers = _quantize_rows(inputs.reshape(-1, group), 127)
     rows = (integers * group_scales[:, None]).reshape(inputs.shape)
-    return _product(rows, values.astype(jnp.float32), jnp.float32) * scales[None]
+    floats = values.astype(jnp.float32)
+    products = with_no_rows_left_over(lambda rows: _product(rows, floats, jnp.float32), rows)
+    return products * scales[None]
 
 
 def _with_two_planes(inputs: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
