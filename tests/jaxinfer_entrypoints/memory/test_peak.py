@@ -1,5 +1,4 @@
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -13,12 +12,15 @@ def hold_and_free() -> None:
     memory = PeakMemory()
     held = np.ones(64 << 20, np.uint8)
     del held
-    assert 60 << 20 < memory.added < 200 << 20
-    assert memory.describe().endswith(" MiB of host memory at most")
+    if peak_memory._CLEAR.exists():
+        assert 60 << 20 < memory.added < 200 << 20
+        assert memory.describe().endswith(" MiB of host memory at most")
+    else:  # not Linux
+        assert memory.added == 0
+        assert memory.describe() == ""
     assert PeakMemory().added < 20 << 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_was_freed_again_is_seen() -> None:
     """In a process of its own: here other tests' engines may be freed meanwhile."""
     spawn = multiprocessing.get_context("spawn")
